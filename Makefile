@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all there is to know; both install what they need into .venv.
+PYTHON ?= python3.11
+# Where pip also looks for torch's CPU build, if its default index has only the CUDA one.
+TORCH_INDEX ?=
+# Passed on to the demo: concurrent streams, tokens a stream runs to, window W in tokens.
+CLIENTS ?=
+TOKENS ?=
+WINDOW ?=
+# Passed on to the server, as `vllm serve` takes them.
+ARGS ?=
+
+BIN := .venv/bin
+LOCKS := $(addprefix requirements/,bootstrap.lock debian.lock python.lock torch.lock)
+COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command 'make lock'
+
+.PHONY: install demo serve check test test-fast lock clean
+
+install: .venv/.installed
+
+.venv/.installed: $(LOCKS) pyproject.toml requirements/install
+	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install
+	@touch $@
+
+demo: install
+	$(BIN)/python -m launch.demo \
+		$(if $(CLIENTS),--clients $(CLIENTS)) $(if $(TOKENS),--tokens $(TOKENS)) \
+		$(if $(WINDOW),--window $(WINDOW))
+
+serve: install
+	$(BIN)/python -m vllm_sink.serve $(ARGS)
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/pytest
+
+test-fast: install
+	$(BIN)/pytest -m 'not slow'
+
+# Resolves anew, to the newest versions that fit; `make install` then brings .venv up to the result.
+lock: install
+	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.lock
+	$(COMPILE) pyproject.toml --extra dev requirements/lock.in \
+		--excludes requirements/excluded.in -o requirements/python.lock
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Programs that put the parts together: what `make demo` starts."""

@@ -1,0 +1,1 @@
+"""StreamingLLM for vLLM: attention sinks and a rolling window in the paged KV cache."""

@@ -1,0 +1,19 @@
+"""Settings as vLLM carries them: `VllmConfig.additional_config["sink"]` (vllm/config/vllm.py)."""
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+
+from vllm_sink.settings import SinkSettings
+
+
+def settings_of(vllm_config: VllmConfig) -> SinkSettings | None:
+    """The sink settings of an engine, or None where none are configured."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or "sink" not in additional:
+        return None
+    return SinkSettings.parse(additional["sink"])
+
+
+def current_settings() -> SinkSettings | None:
+    """`settings_of` the engine whose model is being built, or None outside of one."""
+    vllm_config = get_current_vllm_config_or_none()
+    return settings_of(vllm_config) if vllm_config else None

@@ -1,0 +1,161 @@
+"""Blocks of a stream: sinks pinned, middle blocks back to vLLM's own pool as the window passes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_sink.plugin.spec import SinkSpec
+
+Blocks = list[KVCacheBlock]
+
+# Below "vllm", whose handlers and level vLLM sets up.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class SinkManager(SlidingWindowManager):
+    """vLLM's sliding-window manager, with the blocks that hold sink tokens kept.
+
+    The parent treats the head of a stream as one run of evicted tokens. Here that run starts
+    behind the sinks, at three places: eviction, a prefix-cache hit, and the count of blocks a
+    hit takes out of the free queue.
+    """
+
+    def __init__(self, kv_cache_spec: SinkSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.geometry = kv_cache_spec.geometry
+        self.sink_blocks = self.geometry.sink_blocks(self.block_size)
+        self._log_summary()
+
+    def _log_summary(self) -> None:
+        held = self.geometry.max_blocks(self.block_size)
+        pool = self.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
+        logger.info(
+            "Sinks S=%d, window W=%d tokens, blocks of %d: a stream holds at most %d blocks "
+            "(%s while a full batch of its prompt is computed); KV pool of %d blocks: "
+            "%d full streams fit.",
+            self.geometry.sinks,
+            self.geometry.window,
+            self.block_size,
+            held,
+            self.max_admission_blocks_per_request,
+            pool,
+            pool // held,
+        )
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        dead = self.geometry.dead_blocks(processed_computed_tokens, self.block_size)
+        self._remove_blocks_in_range(request_id, dead.start, dead.stop)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[Blocks, ...], int]:
+        """A hit needs the window before its end, and every sink before that window."""
+        assert isinstance(kv_cache_spec, SinkSpec)
+        block_size = kv_cache_spec.block_size
+        sinks = _leading_cached_blocks(
+            resolve_block_hashes(block_hashes, block_pool.hash_block_size, block_size),
+            min(kv_cache_spec.geometry.sink_blocks(block_size), max_length // block_size),
+            kv_cache_group_ids,
+            block_pool,
+        )
+        if len(sinks) < kv_cache_spec.geometry.sink_blocks(block_size):
+            max_length = len(sinks) * block_size
+        hits, length = super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            *args,
+            **kwargs,
+        )
+        for group, blocks in enumerate(hits):
+            pinned = [block[group] for block in sinks[: len(blocks)]]
+            blocks[: len(pinned)] = pinned
+        return hits, length
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        blocks = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
+        return blocks + self._get_num_evictable_blocks(
+            self._sinks_behind_window(new_computed_blocks, total_computed_tokens)
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+        sinks = self._sinks_behind_window(new_computed_blocks, num_local_computed_tokens)
+        self.block_pool.touch(sinks)
+        self.req_to_blocks[request_id][: len(sinks)] = sinks
+
+    def _sinks_behind_window(
+        self, hit: Sequence[KVCacheBlock], computed_tokens: int
+    ) -> Sequence[KVCacheBlock]:
+        """Sink blocks of a hit that the parent takes for evicted."""
+        skipped = self.get_num_skipped_tokens(computed_tokens) // self.block_size
+        return hit[: min(self.sink_blocks, skipped)]
+
+    @classmethod
+    def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
+        """Every full block enters the prefix cache, as under full attention.
+
+        vLLM's sliding windows keep only the end of each prompt, where a later one may resume. Here
+        prompts that share a system prompt meet earlier than that.
+        """
+
+
+def register() -> None:
+    """Register spec and manager with vLLM's `KVCacheSpecRegistry`.
+
+    The first registration suppresses vLLM's own, so a lookup fills the registry before it.
+    """
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    KVCacheSpecRegistry.register(SinkSpec, SinkManager, uniform_type_base_spec=SinkSpec)
+
+
+def _leading_cached_blocks(
+    block_hashes: BlockHashList, count: int, kv_cache_group_ids: list[int], block_pool: BlockPool
+) -> list[Blocks]:
+    """The first up to `count` blocks in the prefix cache, one block a group each."""
+    found = []
+    for index in range(count):
+        cached = block_pool.get_cached_block(block_hashes[index], kv_cache_group_ids)
+        if cached is None:
+            break
+        found.append(cached)
+    return found

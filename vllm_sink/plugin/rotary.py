@@ -1,0 +1,262 @@
+"""Seam: vLLM's rotary layers, replaced through `CustomOp.register_oot` by unbounded ones.
+
+Sources: vllm/model_executor/custom_op.py and vllm/model_executor/layers/rotary_embedding/; for
+GPT-NeoX, which vLLM serves with its Transformers backend, vllm/model_executor/models/transformers/.
+"""
+
+from abc import abstractmethod
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.rotary_embedding import (
+    DynamicNTKAlphaRotaryEmbedding,
+    DynamicNTKScalingRotaryEmbedding,
+    LinearScalingRotaryEmbedding,
+    Llama3RotaryEmbedding,
+    NTKScalingRotaryEmbedding,
+    Phi3LongRoPEScaledRotaryEmbedding,
+    RotaryEmbedding,
+    YaRNScalingRotaryEmbedding,
+)
+
+from vllm_sink.plugin.config import current_settings
+from vllm_sink.rotary import cos_sin
+from vllm_sink.settings import SettingsError
+
+
+class UnboundedRotary(nn.Module):
+    """What every replacement offers: its frequencies, and rows for any position."""
+
+    inv_freq: torch.Tensor
+    """float32 [rotary_dim / 2], radians a token; scaling is in it."""
+    magnitude: float
+    """Factor on cosines and sines (YaRN, longrope); 1 elsewhere."""
+    rotary_dim: int
+    is_neox_style: bool
+
+    def keep(self, inv_freq: torch.Tensor, magnitude: float) -> None:
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.magnitude = magnitude
+
+    def rows(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`dtype` [n, rotary_dim], cos | sin; positions: int64, n elements in any shape."""
+        return cos_sin(positions.flatten(), self.inv_freq, self.magnitude, dtype)
+
+
+class Replacement(UnboundedRotary):
+    """Takes the place of its last base class, and turns into it where no sink is configured."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if current_settings() is None:
+            self.__class__ = type(self).__bases__[-1]
+            self.__init__(*args, **kwargs)  # type: ignore[misc]
+        else:
+            super().__init__(*args, **kwargs)
+            self.replace_table()
+
+    @abstractmethod
+    def replace_table(self) -> None:
+        """Delete the table, so that what reads it by position fails aloud; keep frequencies."""
+
+    def _compute_cos_sin_cache(self, *args: Any) -> torch.Tensor:
+        """The stock table without its memory: only its way to the frequencies is wanted."""
+        with torch.device("meta"):
+            table: torch.Tensor = super()._compute_cos_sin_cache(*args)
+        return table
+
+
+class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
+    """Replaces vLLM's `RotaryEmbedding` and, combined with it, every variant derived from it."""
+
+    def _compute_inv_freq(self, base: float) -> torch.Tensor:
+        self.inv_freq_argument = base
+        return super()._compute_inv_freq(base)
+
+    def replace_table(self) -> None:
+        del self.cos_sin_cache
+        inv_freq = super()._compute_inv_freq(self.inv_freq_argument)
+        self.keep(inv_freq, getattr(self, "mscale", 1.0))
+
+    def get_cos_sin(self, seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = torch.arange(seqlen, device=self.inv_freq.device)
+        cos, sin = self.rows(positions, self.dtype).chunk(2, dim=-1)
+        return cos, sin
+
+    def forward_native(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _forward_native(self, positions, query, key)
+
+    def forward_cuda(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Turns query and key in place, with vLLM's kernel for the platform."""
+        rows = self.rows(positions, query.dtype)
+        places = torch.arange(rows.shape[0], device=rows.device)
+        ops.rotary_embedding(places, query, key, self.head_size, rows, self.is_neox_style)
+        return query, key
+
+    forward_cpu = forward_cuda
+    forward_hip = forward_cuda
+    forward_xpu = forward_native
+
+
+class UnboundedLinearScaling(UnboundedRotaryEmbedding, LinearScalingRotaryEmbedding):
+    """Scales frequencies where stock scales positions: the same angles."""
+
+    def replace_table(self) -> None:
+        if len(self.scaling_factors) != 1:
+            raise SettingsError(
+                f"rope_parameters.factor={self.scaling_factors!r}: "
+                "linear scaling with sinks takes a single factor"
+            )
+        super().replace_table()
+        self.inv_freq /= self.scaling_factors[0]
+
+
+class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
+    """Short or long factors by the positions that scores can see, not by `max_model_len`."""
+
+    is_neox_style = True
+
+    def replace_table(self) -> None:
+        del self.long_short_cos_sin_cache
+        self.use_long_rope = _visible_positions() > self.original_max_position_embeddings
+        if self.use_long_rope:
+            self.keep(self._compute_inv_freq(self.long_factor), self.long_mscale)
+        else:
+            self.keep(self._compute_inv_freq(self.short_factor), self.short_mscale)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _forward_native(self, positions, query, key)
+
+
+class UnboundedGPTNeoX(UnboundedRotary):
+    """Replaces `GPTNeoXRotaryEmbedding` of transformers, whose angles are float32."""
+
+    is_neox_style = True
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.rotary_dim = 2 * stock.inv_freq.numel()
+        self.keep(stock.inv_freq, stock.attention_scaling)
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, each of x's dtype [*position_ids.shape, rotary_dim]."""
+        rows = self.rows(position_ids, x.dtype).view(*position_ids.shape, self.rotary_dim)
+        cos, sin = rows.chunk(2, dim=-1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+
+OPS: tuple[type[UnboundedRotaryEmbedding], ...] = (
+    UnboundedRotaryEmbedding,
+    UnboundedLinearScaling,
+    *(
+        type(f"Unbounded{stock.__name__}", (UnboundedRotaryEmbedding, stock), {})
+        for stock in (
+            NTKScalingRotaryEmbedding,
+            DynamicNTKScalingRotaryEmbedding,
+            DynamicNTKAlphaRotaryEmbedding,
+            Llama3RotaryEmbedding,
+            YaRNScalingRotaryEmbedding,
+        )
+    ),
+)
+
+_owners: WeakKeyDictionary[nn.Module, UnboundedRotary] = WeakKeyDictionary()
+
+
+@cache
+def register() -> None:
+    """Put the replacements in place, once a process; without sink settings nothing changes."""
+    for op in OPS:
+        stock: Any = op.__bases__[-1]
+        CustomOp.register_oot(op, name=stock.__name__)
+        op.name = stock.name  # what `custom_ops` of the compilation config switches on and off
+    rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding = UnboundedLongRoPE
+    rotary_embedding._ROPE_DICT = RopeDict()
+    register_module_module_registration_hook(_note_owner)
+
+
+def rotary_of(layer: nn.Module) -> UnboundedRotary | None:
+    """The rotary of an `Attention` layer; None where it has none or vLLM's own, bounded one.
+
+    That is the rotary whose owner holds the layer: vLLM's models own one in each attention
+    module, the Transformers backend one in the whole decoder. Walks the model: ask once a layer.
+    """
+    for owner, rotary in _owners.items():
+        if any(module is layer for module in owner.modules()):
+            return rotary
+    return None
+
+
+class RopeDict(dict[tuple[Any, ...], nn.Module]):
+    """`get_rope`'s cache, kept apart by engine: one process may build several, set differently."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__((key, _visible_positions()))
+
+    def __getitem__(self, key: tuple[Any, ...]) -> nn.Module:
+        return super().__getitem__((key, _visible_positions()))
+
+    def __setitem__(self, key: tuple[Any, ...], rotary: nn.Module) -> None:
+        super().__setitem__((key, _visible_positions()), rotary)
+
+
+def _note_owner(module: nn.Module, name: str, submodule: Any) -> nn.Module | None:
+    """Called by torch as `submodule` becomes a child of `module`; may return another in its place.
+
+    Transformers' dynamic and longrope types change frequencies as a stream grows: left alone.
+    """
+    if (
+        type(submodule).__name__ == "GPTNeoXRotaryEmbedding"
+        and submodule.rope_type not in ("dynamic", "longrope")
+        and current_settings() is not None
+    ):
+        submodule = UnboundedGPTNeoX(submodule)
+    if isinstance(submodule, UnboundedRotary):
+        _owners[module] = submodule
+        return submodule
+    return None
+
+
+def _visible_positions() -> int | None:
+    """How many positions a score can span, or None where no sink is configured."""
+    settings = current_settings()
+    if settings is None:
+        return None
+    if settings.evicts:
+        return settings.sinks + settings.window_tokens
+    max_model_len: int = get_current_vllm_config().model_config.max_model_len
+    return max_model_len
+
+
+def _forward_native(
+    rotary: UnboundedRotaryEmbedding | UnboundedLongRoPE,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stock's traceable form, with a table of one row for each token."""
+    rows = rotary.rows(positions, query.dtype)
+    places = torch.arange(rows.shape[0], device=rows.device)
+    turned: tuple[torch.Tensor, torch.Tensor | None] = RotaryEmbedding.forward_static(
+        places, query, key, rotary.head_size, rotary.rotary_dim, rows, rotary.is_neox_style
+    )
+    return turned

@@ -1,0 +1,124 @@
+"""`python -m vllm_sink.serve`: vLLM's OpenAI-compatible server, with streams that never end.
+
+Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and three of its own.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import get_args
+
+import psutil
+from vllm import AsyncEngineArgs
+from vllm.config import ModelConfig
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.utils.api_utils import VLLM_SUBCMD_PARSER_EPILOG, cli_env_setup
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_sink import embedded
+from vllm_sink.plugin.check import trained_context
+from vllm_sink.settings import Policy, SettingsError, SinkSettings
+
+PROGRAM = "python -m vllm_sink.serve"
+CACHE_TOKENS = 2048
+"""S + W by default, where the model's trained context is no smaller."""
+STREAM_CAPACITY = 4 * 2**20
+"""Tokens a stream may grow to by default."""
+BYTES_A_STREAM_TOKEN = 5
+"""vLLM's model runner keeps a token id and a flag for every position of every stream
+(vllm/v1/worker/gpu_input_batch.py)."""
+ROWS_SHARE = 8
+"""Those rows may take one part in so many of the free memory."""
+CPU_KV_SHARE = 4
+"""On a CPU, whose memory is not the server's alone, so may the KV pool."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until interrupted; exit with status 2 and one sentence on settings that cannot work."""
+    cli_env_setup()
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        fill_in_defaults(args)
+        ServeSubcommand().validate(args)
+        ServeSubcommand.cmd(args)
+    except (SettingsError, embedded.EmbeddedModelError) as error:
+        parser.exit(2, f"{PROGRAM}: error: {error}\n")
+
+
+def make_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} [--model MODEL] [options]",
+        description="Serve a model with attention sinks and a rolling window: streams of any "
+        "length, in bounded memory. Without --model it serves a small embedded one.",
+        epilog=VLLM_SUBCMD_PARSER_EPILOG.format(subcmd="serve"),
+    )
+    sinks = parser.add_argument_group("Sinks", "Which tokens a stream keeps.")
+    sinks.add_argument("--sink-tokens", type=int, help="S, first tokens kept for ever (default 4)")
+    sinks.add_argument(
+        "--window-tokens",
+        type=int,
+        help="W, most recent tokens kept (default: S + W is the smaller of "
+        f"{CACHE_TOKENS} and the model's trained context)",
+    )
+    sinks.add_argument(
+        "--sink-policy",
+        choices=get_args(Policy),
+        help="sink: first tokens and window (default); window: window alone; "
+        "full: nothing is evicted",
+    )
+    parser = make_arg_parser(parser)
+    parser.set_defaults(model=None)
+    return parser
+
+
+def fill_in_defaults(args: Namespace) -> None:
+    """Complete `args` in place: the model, its sinks, `max_model_len` and the KV pool."""
+    args.model = args.model_tag or args.model
+    if args.model is None:
+        model = embedded.path()
+        args.model = str(model)
+        args.served_model_name = args.served_model_name or [model.name]
+    args.model_tag = args.model
+    model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
+    settings = settings_from(args, model_config)
+    args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
+    if args.max_model_len is None and settings.evicts:
+        args.max_model_len = stream_capacity(args, model_config)
+    if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
+        args.kv_cache_memory_bytes = psutil.virtual_memory().available // CPU_KV_SHARE
+
+
+def settings_from(args: Namespace, model_config: ModelConfig) -> SinkSettings:
+    """Flags over `--additional-config` over defaults; raises `SettingsError`."""
+    flags = {
+        "policy": args.sink_policy,
+        "sink_tokens": args.sink_tokens,
+        "window_tokens": args.window_tokens,
+    }
+    given = dict(args.additional_config.get("sink", {}))
+    given |= {key: value for key, value in flags.items() if value is not None}
+    if "window_tokens" not in given:
+        sinks = SinkSettings.parse(given).sinks
+        given["window_tokens"] = min(CACHE_TOKENS, trained_context(model_config)) - sinks
+    return SinkSettings.parse(given)
+
+
+def stream_capacity(args: Namespace, model_config: ModelConfig) -> int:
+    """`STREAM_CAPACITY`, or what the rows of `max_num_seqs` streams leave of free memory."""
+    streams = args.max_num_seqs
+    if streams is None:
+        _, defaults = AsyncEngineArgs.get_batch_defaults(world_size=1)
+        streams = defaults[UsageContext.OPENAI_API_SERVER]
+    affordable = psutil.virtual_memory().available // ROWS_SHARE
+    capacity = min(STREAM_CAPACITY, affordable // (BYTES_A_STREAM_TOKEN * streams))
+    return max(capacity, trained_context(model_config))
+
+
+if __name__ == "__main__":
+    main()
