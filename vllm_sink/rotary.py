@@ -27,12 +27,13 @@ def rotate(x: torch.Tensor, rows: torch.Tensor, is_neox_style: bool) -> torch.Te
     """Turn the first `rotary_dim` dimensions of every head; the others pass through.
 
     x: [n, heads, head_size]; rows: [n, rotary_dim] from `cos_sin`. Dimension i is paired with
-    i + rotary_dim / 2 in neox style, and 2i with 2i + 1 in interleaved style. Computes in float32
-    and rounds to the dtype of x last. Returns a new tensor of the shape of x.
+    i + rotary_dim / 2 in neox style, and 2i with 2i + 1 in interleaved style. Computes in
+    float32 or wider and rounds to the dtype of x last. Returns a new tensor of the shape of x.
     """
     rotary_dim = rows.shape[-1]
-    turned, passed = x[..., :rotary_dim].float(), x[..., rotary_dim:]
-    cos, sin = rows.float().unsqueeze(-2).chunk(2, dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turned, passed = x[..., :rotary_dim].to(wide), x[..., rotary_dim:]
+    cos, sin = rows.to(wide).unsqueeze(-2).chunk(2, dim=-1)
     if is_neox_style:
         first, second = turned.chunk(2, dim=-1)
     else:
