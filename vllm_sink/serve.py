@@ -13,7 +13,6 @@ from vllm import AsyncEngineArgs
 from vllm.config import ModelConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.entrypoints.serve.utils.api_utils import VLLM_SUBCMD_PARSER_EPILOG, cli_env_setup
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -38,8 +37,9 @@ CPU_KV_SHARE = 4
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted; exit with status 2 and one sentence on settings that cannot work."""
-    cli_env_setup()
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    # As `vllm serve` sets it: `fork` does not go with some accelerators.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
@@ -56,7 +56,7 @@ def make_parser() -> FlexibleArgumentParser:
         usage=f"{PROGRAM} [--model MODEL] [options]",
         description="Serve a model with attention sinks and a rolling window: streams of any "
         "length, in bounded memory. Without --model it serves a small embedded one.",
-        epilog=VLLM_SUBCMD_PARSER_EPILOG.format(subcmd="serve"),
+        epilog="--help=all lists every flag, --help=GROUP those of a group.",
     )
     sinks = parser.add_argument_group("Sinks", "Which tokens a stream keeps.")
     sinks.add_argument("--sink-tokens", type=int, help="S, first tokens kept for ever (default 4)")
@@ -101,8 +101,9 @@ def settings_from(args: Namespace, model_config: ModelConfig) -> SinkSettings:
         "sink_tokens": args.sink_tokens,
         "window_tokens": args.window_tokens,
     }
-    given = dict(args.additional_config.get("sink", {}))
-    given |= {key: value for key, value in flags.items() if value is not None}
+    given = args.additional_config.get("sink", {})
+    SinkSettings.parse(given)
+    given = given | {key: value for key, value in flags.items() if value is not None}
     if "window_tokens" not in given:
         sinks = SinkSettings.parse(given).sinks
         given["window_tokens"] = min(CACHE_TOKENS, trained_context(model_config)) - sinks

