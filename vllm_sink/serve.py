@@ -10,7 +10,7 @@ from typing import get_args
 
 import psutil
 from vllm import AsyncEngineArgs
-from vllm.config import ModelConfig
+from vllm.config import CacheConfig, ModelConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
@@ -90,7 +90,10 @@ def fill_in_defaults(args: Namespace) -> None:
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
     if args.max_model_len is None and settings.evicts:
         args.max_model_len = stream_capacity(args, model_config)
-    if current_platform.is_cpu() and args.kv_cache_memory_bytes is None:
+    asked = args.kv_cache_memory_bytes is not None or (
+        args.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
+    )
+    if current_platform.is_cpu() and not asked:
         args.kv_cache_memory_bytes = psutil.virtual_memory().available // CPU_KV_SHARE
 
 

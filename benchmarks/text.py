@@ -1,0 +1,30 @@
+"""Real text: Newton's *Opticks*, which the package `apache-tvm-ffi` carries and vLLM requires."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+BOOK = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"
+
+
+def book() -> str:
+    """567 KB of English prose."""
+    package = find_spec("tvm_ffi")
+    assert package is not None
+    assert package.origin is not None
+    return (Path(package.origin).parent / BOOK).read_text(encoding="utf-8")
+
+
+def book_tokens(model: Path, count: int) -> list[int]:
+    """The first `count` tokens of the book, by the tokenizer of `model`; no special tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokens: list[int] = tokenizer(book(), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens[:count]
+
+
+def passages(tokens: list[int], count: int, length: int) -> list[list[int]]:
+    """`count` passages of `length` tokens, evenly spread; they overlap where the text is short."""
+    stride = (len(tokens) - length) // count
+    return [tokens[i * stride : i * stride + length] for i in range(count)]
