@@ -302,7 +302,7 @@ async def demo(options: argparse.Namespace, model: Path) -> None:
     # and being ready to stop it, nor while it is being stopped.
     task = asyncio.current_task()
     assert task is not None
-    for interruption in (signal.SIGINT, signal.SIGTERM):
+    for interruption in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(interruption, task.cancel)
     port = free_port()
     with serving(server_command(model, options, port), port) as server:
@@ -337,7 +337,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for interruption in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(interruption, signal.default_int_handler)
     try:
         asyncio.run(demo(options, embedded.path()))
     except (ServerLostError, embedded.EmbeddedModelError) as error:

@@ -107,10 +107,15 @@ def settings_from(args: Namespace, model_config: ModelConfig) -> SinkSettings:
     given = args.additional_config.get("sink", {})
     SinkSettings.parse(given)
     given = given | {key: value for key, value in flags.items() if value is not None}
-    if "window_tokens" not in given:
-        sinks = SinkSettings.parse(given).sinks
-        given["window_tokens"] = min(CACHE_TOKENS, trained_context(model_config)) - sinks
-    return SinkSettings.parse(given)
+    if "window_tokens" in given:
+        return SinkSettings.parse(given)
+    cache, sinks = min(CACHE_TOKENS, trained_context(model_config)), SinkSettings.parse(given).sinks
+    if sinks >= cache:
+        raise SettingsError(
+            f"sink.sink_tokens={sinks}: accepted below {cache}, the default of "
+            "sink_tokens + window_tokens; set window_tokens for more"
+        )
+    return SinkSettings.parse(given | {"window_tokens": cache - sinks})
 
 
 def stream_capacity(args: Namespace, model_config: ModelConfig) -> int:

@@ -2,12 +2,14 @@
 
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_sink.attention import cpu
 from vllm_sink.attention.cpu import COMPILER, CPUAttention, cpu_attention
 from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, SinkTurn
 from vllm_sink.attention.reference import ReferenceAttention
@@ -93,7 +95,7 @@ def paged(attention: Attention, case: Case, given: Inputs) -> KVCache:
     """The streams' keys and values, written into memory poisoned with NaN."""
     table, block_size = given.batch.block_table, case.block_size
     shape = (int(table.max()) + 1, case.kv_heads, block_size, 2 * case.head_size)
-    cache = attention.new_cache(torch.full(shape, torch.nan, dtype=given.query.dtype))
+    cache = attention.as_cache(torch.full(shape, torch.nan, dtype=given.query.dtype))
     for row, keys, values in zip(table.long(), given.keys, given.values, strict=True):
         position = torch.arange(len(keys))
         slots = row[position // block_size] * block_size + position % block_size
@@ -201,6 +203,31 @@ def test_kernel_on_any_geometry(
     assert error(attend(kernel(), case, given), want) <= TOLERANCE[torch.float32]
 
 
+IMPLEMENTATIONS = [
+    pytest.param(CPUAttention, marks=needs_compiler, id="kernel"),
+    pytest.param(ReferenceAttention, id="reference"),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_is_neither_stored_nor_written(implementation: type[Attention]) -> None:
+    """vLLM pads a batch with tokens at slot -1."""
+    case = CASES["mixed"]
+    given = inputs(case, torch.float32, seed=2)
+    cpu_attention()
+    attention = implementation()
+    cache = paged(attention, case, given)
+    before = cache.keys.clone()
+    pad = torch.full((2, case.kv_heads, case.head_size), 7.0)
+    attention.write(pad, pad, cache, torch.tensor([-1, -1]))
+    assert torch.equal(cache.keys.nan_to_num(), before.nan_to_num())
+    padded = torch.cat((given.query, torch.randn(2, case.heads, case.head_size)))
+    out = torch.full_like(padded, torch.nan)
+    attention.attend(padded, cache, given.batch, case.geometry, given.scoring, given.turn, out)
+    assert out[-2:].isnan().all()
+    assert torch.equal(out[:-2], attend(attention, case, given))
+
+
 @needs_compiler
 def test_queries_may_lie_in_a_wider_tensor() -> None:
     """vLLM hands over slices of the fused query, key and value projection."""
@@ -219,6 +246,19 @@ def test_reference_serves_where_no_compiler_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", "")
     cpu_attention.cache_clear()
     assert isinstance(cpu_attention(), ReferenceAttention)
+    cpu_attention.cache_clear()
+
+
+@needs_compiler
+def test_reference_serves_where_the_compiler_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "broken.cpp")
+    (tmp_path / "broken.cpp").write_text("this is no C++", encoding="utf-8")
+    cpu_attention.cache_clear()
+    assert isinstance(cpu_attention(), ReferenceAttention)
+    assert not list((tmp_path / "vllm_sink").iterdir())
     cpu_attention.cache_clear()
 
 

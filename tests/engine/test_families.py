@@ -109,7 +109,7 @@ FAMILIES = {
         "Qwen3",
         {
             "layer_types": ALTERNATING,
-            "sliding_window": 48,
+            "sliding_window": WINDOW,  # the same as ours
             "use_sliding_window": True,
             "max_window_layers": 2,
             "head_dim": 32,

@@ -59,7 +59,7 @@ def test_an_unconfigured_engine_after_a_configured_one_is_stock() -> None:
 def test_configured_hands_out_ours() -> None:
     assert impl_of({"sink": {"sink_tokens": 5, "window_tokens": 59}}) is SinkAttentionImpl
     assert SinkBackend.get_builder_cls() is SinkMetadataBuilder
-    expected = SinkSpec(**SHAPE, sliding_window=59, sink_tokens=5)
+    expected = SinkSpec(**SHAPE, sliding_window=59, sink_tokens=5, dcp_sharded=False)
     assert SinkBackend.customize_spec(FULL) == expected
 
 

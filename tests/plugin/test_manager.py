@@ -18,7 +18,13 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.request import Request
 
 from vllm_sink.geometry import Geometry
@@ -270,6 +276,15 @@ def test_spec_bounds_memory_by_the_cache_and_not_by_the_capacity() -> None:
     )
     assert bound == 2 + (13 - 1 + 16 - 1 + 3) // 4 + 1
     assert spec(Geometry(5, 13)).max_admission_blocks_per_request(16, max_model_len=9) == 3
+
+
+def test_a_model_s_own_window_of_the_same_size_is_another_group() -> None:
+    own = SlidingWindowSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=13
+    )
+    layers = {"own": own, "ours": spec(Geometry(5, 13))}
+    assert not UniformTypeKVCacheSpecs.is_uniform_type(layers)
+    assert not UniformTypeKVCacheSpecs.is_uniform_type(dict(reversed(layers.items())))
 
 
 def test_manager_is_ours() -> None:

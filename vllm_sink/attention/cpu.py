@@ -1,7 +1,6 @@
-"""The CPU kernel (sink_attention.cpp): compiled once a machine, then loaded."""
+"""The CPU kernel (sink_attention.cpp): compiled once for a kind of CPU, then loaded."""
 
 import logging
-import shutil
 import subprocess
 from functools import cache
 from hashlib import sha256
@@ -25,7 +24,7 @@ SOURCE = Path(__file__).with_name("sink_attention.cpp")
 class CPUAttention:
     """An `Attention` of queries in float32, bfloat16 or float16, accumulated in float32."""
 
-    def new_cache(self, storage: torch.Tensor) -> KVCache:
+    def as_cache(self, storage: torch.Tensor) -> KVCache:
         """Keys lie transposed in a block, [head_size, block_size], ahead of the values."""
         blocks, kv_heads, block_size, width = storage.shape
         keys, values = storage.view(blocks, kv_heads, -1).chunk(2, dim=-1)
@@ -69,26 +68,29 @@ class CPUAttention:
 
 
 def _storage(cache: KVCache) -> torch.Tensor:
-    """The allocation behind a cache, [blocks, kv_heads, ...]: keys lie first in each block."""
+    """Where the allocation of a cache begins: keys lie first in each block."""
     return cache.keys
 
 
 @cache
 def cpu_attention() -> Attention:
-    """The kernel, or the reference where no C++ compiler is at hand. Builds once per machine."""
-    if shutil.which(COMPILER) is None:
-        logger.warning("No C++ compiler (c++) found: sink attention runs in plain PyTorch, slower.")
+    """The kernel, or the reference where it cannot be built."""
+    try:
+        load()
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("Sink attention runs in plain PyTorch, slower: no kernel (%s).", error)
         return ReferenceAttention()
-    build()
     return CPUAttention()
 
 
-def build() -> None:
-    """Load the kernel, compiled at the first call of its source, flags and torch version.
+def load() -> None:
+    """Load the kernel, compiled at the first call for its source, flags, torch version and CPU.
 
-    Raises subprocess.CalledProcessError where compilation fails; the compiler says why on stderr.
+    Raises OSError where there is no compiler, subprocess.CalledProcessError where it fails: then
+    it has said why on stderr.
     """
-    key = sha256("\0".join([SOURCE.read_text(), torch.__version__, *_flags()]).encode())
+    parts = [SOURCE.read_text(), torch.__version__, _native_target(), *_flags()]
+    key = sha256("\0".join(parts).encode())
     library = folder() / f"sink_attention-{key.hexdigest()[:16]}.so"
     if not library.exists():
         # Renamed once whole: a build that is cut short leaves no lock and no half a library.
@@ -106,6 +108,12 @@ def _compile(library: Path) -> Path:
         [COMPILER, "-shared", built, "-o", library, *paths, "-ltorch_cpu", "-lc10"], check=True
     )
     return library
+
+
+def _native_target() -> str:
+    """What `-march=native` stands for here, as the compiler's macros: a cache may be shared."""
+    macros = [COMPILER, "-march=native", "-dM", "-E", "-x", "c", "/dev/null"]
+    return subprocess.run(macros, check=True, capture_output=True, text=True).stdout
 
 
 def _flags() -> list[str]:

@@ -65,13 +65,16 @@ class SinkTurn:
 class Attention(Protocol):
     """CPU, GPU and reference paths share this."""
 
-    def new_cache(self, storage: torch.Tensor) -> KVCache:
+    def as_cache(self, storage: torch.Tensor) -> KVCache:
         """View `storage` [blocks, kv_heads, block_size, 2 * head_size] as a cache."""
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.Tensor
     ) -> None:
-        """Store `key` and `value` [tokens, kv_heads, head_size] at `slots` [tokens] int64."""
+        """Store `key` and `value` [tokens, kv_heads, head_size] at `slots` [tokens] int64.
+
+        A slot is `block * block_size + offset`; vLLM pads with negative ones, which are skipped.
+        """
 
     def attend(
         self,
@@ -85,5 +88,6 @@ class Attention(Protocol):
     ) -> None:
         """Write attention of `query` [tokens, heads, head_size] to `out` of the same shape.
 
-        `turn` None: sinks keep their stream distance.
+        Tokens past `batch.query_start_loc[-1]` are padding and left alone. `turn` None: sinks keep
+        their stream distance.
         """

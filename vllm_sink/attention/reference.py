@@ -18,17 +18,18 @@ QUERIES_AT_ONCE = 256
 class ReferenceAttention:
     """An `Attention` without a kernel, and the portable path where none can be built."""
 
-    def new_cache(self, storage: torch.Tensor) -> KVCache:
+    def as_cache(self, storage: torch.Tensor) -> KVCache:
         keys, values = storage.chunk(2, dim=-1)
         return KVCache(keys, values)
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.Tensor
     ) -> None:
+        kept = slots >= 0
         block_size = cache.keys.shape[2]
-        block, offset = slots // block_size, slots % block_size
-        cache.keys[block, :, offset] = key
-        cache.values[block, :, offset] = value
+        block, offset = slots[kept] // block_size, slots[kept] % block_size
+        cache.keys[block, :, offset] = key[kept]
+        cache.values[block, :, offset] = value[kept]
 
     def attend(
         self,
@@ -40,6 +41,7 @@ class ReferenceAttention:
         turn: SinkTurn | None,
         out: torch.Tensor,
     ) -> None:
+        query = query[: batch.query_start_loc[-1]]
         sink_query = rotate(query, turn.rows, turn.is_neox_style) if turn else query
         for tokens, t, block_row in _chunks(batch):
             out[tokens] = _attend_one_stream(

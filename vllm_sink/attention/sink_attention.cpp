@@ -300,6 +300,11 @@ std::vector<Item> split(const int32_t* starts, const int32_t* seq_lens, int64_t 
   return items;
 }
 
+// [tokens][heads][head_size], the tokens any distance apart: a slice of a fused projection will do.
+bool heads_lie_together(const at::Tensor& x) {
+  return x.stride(2) == 1 && x.stride(1) == x.size(2);
+}
+
 // storage: [blocks, kv_heads, 2 * head_size * block_size], keys transposed first, then values.
 void attend(
     const at::Tensor& query, const at::Tensor& storage, const at::Tensor& query_start_loc,
@@ -307,6 +312,11 @@ void attend(
     int64_t window, double scale, double soft_cap, const std::optional<at::Tensor>& alibi_slopes,
     bool reindex, const std::optional<at::Tensor>& turn_rows, bool neox, const at::Tensor& out) {
   const Shape shape{query.size(1), storage.size(1), query.size(2), block_size};
+  TORCH_CHECK(block_size % kLanes == 0 && shape.head_size % kLanes == 0,
+              "block size ", block_size, ", head size ", shape.head_size,
+              ": each must be a multiple of ", kLanes);
+  TORCH_CHECK(heads_lie_together(query) && out.is_contiguous(), "query or out: unexpected strides");
+  TORCH_CHECK(block_table.stride(1) == 1, "block_table: rows must be contiguous");
   const Mask mask{sinks, window};
   const Score score{static_cast<float>(scale), static_cast<float>(soft_cap),
                     alibi_slopes ? alibi_slopes->const_data_ptr<float>() : nullptr, reindex};
@@ -339,6 +349,8 @@ void write_slots(const at::Tensor& key, const at::Tensor& value, const at::Tenso
            const at::Tensor& slots) {
   const int64_t kv_heads = key.size(1), head_size = key.size(2);
   const int64_t half = block_size * head_size;
+  TORCH_CHECK(heads_lie_together(key) && heads_lie_together(value),
+              "key or value: unexpected strides");
   DISPATCH(key.scalar_type(), "sink_write", [&] {
     const scalar_t *k = key.const_data_ptr<scalar_t>(), *v = value.const_data_ptr<scalar_t>();
     scalar_t* cache = storage.data_ptr<scalar_t>();

@@ -122,7 +122,7 @@ class SinkAttentionImpl(CPUAttentionBackendImpl):
             )
         self.attention.attend(
             query,
-            self.attention.new_cache(kv_cache),
+            self.attention.as_cache(kv_cache),
             attn_metadata.batch,
             attn_metadata.geometry,
             self.scoring,
@@ -142,7 +142,7 @@ class SinkAttentionImpl(CPUAttentionBackendImpl):
         if self.has_own_window:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         else:
-            self.attention.write(key, value, self.attention.new_cache(kv_cache), slot_mapping)
+            self.attention.write(key, value, self.attention.as_cache(kv_cache), slot_mapping)
 
 
 class SinkBackend(CPUAttentionBackend):

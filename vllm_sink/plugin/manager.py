@@ -38,7 +38,7 @@ class SinkManager(SlidingWindowManager):
         logger.info(
             "Sinks S=%d, window W=%d tokens, blocks of %d: a stream holds at most %d blocks "
             "(%s while a full batch of its prompt is computed); KV pool of %d blocks: "
-            "%d full streams fit.",
+            "%d full streams fit, for this group of layers.",
             self.geometry.sinks,
             self.geometry.window,
             self.block_size,
@@ -132,11 +132,12 @@ class SinkManager(SlidingWindowManager):
 
     @classmethod
     def reachable_block_mask(cls, *args: Any, **kwargs: Any) -> None:
-        """Every full block enters the prefix cache, as under full attention.
+        """None: every full block enters the prefix cache, as under full attention.
 
-        vLLM's sliding windows keep only the end of each prompt, where a later one may resume. Here
-        prompts that share a system prompt meet earlier than that.
+        The parent would follow `prefix_cache_retention_interval`, by default keeping only the end
+        of each prompt; prompts that share a system prompt meet earlier than that.
         """
+        return
 
 
 def register() -> None:

@@ -14,6 +14,9 @@ class SinkSpec(SlidingWindowSpec):
 
     It descends from `SlidingWindowSpec` because vLLM grants only that family a per-stream
     admission bound (`get_manager_for_kv_cache_spec`, vllm/v1/core/single_type_kv_cache_manager.py).
+    `dcp_sharded` is false, and not only because context parallelism is refused: it keeps these
+    layers out of a group with a model's own sliding-window layers of the same W, which have no
+    sinks to pin (`UniformTypeKVCacheSpecs.is_uniform_type`, vllm/v1/kv_cache_interface.py).
     """
 
     sink_tokens: int
@@ -26,6 +29,7 @@ class SinkSpec(SlidingWindowSpec):
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
             sliding_window=settings.window_tokens,
             sink_tokens=settings.sinks,
+            dcp_sharded=False,
         )
 
     @property
