@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -28,6 +27,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from launch.book import book
 from vllm_sink import embedded
 from vllm_sink.geometry import Geometry, cdiv
 
@@ -36,8 +36,6 @@ MODEL = "smollm2-135m-instruct"
 INSTRUCTION = (
     "Here is a passage from Newton's Opticks. Explain it to a student, at great length.\n\n"
 )
-BOOK = "3rdparty/libbacktrace/Isaac.Newton-Opticks.txt"
-"""In the package `apache-tvm-ffi`, which vLLM requires."""
 PASSAGE_CHARACTERS = 1200
 LONGEST_PROMPT = 512
 """In tokens: more than a passage and the chat template around it ever take."""
@@ -248,12 +246,9 @@ def free_port() -> int:
 
 def passages(count: int) -> list[str]:
     """Passages of Newton's Opticks, each from a paragraph's start, spread over the book."""
-    package = find_spec("tvm_ffi")
-    assert package is not None
-    assert package.origin is not None
-    book = (Path(package.origin).parent / BOOK).read_text(encoding="utf-8")
-    starts = [book.index("\n\n", len(book) * (i + 1) // (count + 2)) for i in range(count)]
-    return [book[start : start + PASSAGE_CHARACTERS].strip() for start in starts]
+    text = book()
+    starts = [text.index("\n\n", len(text) * (i + 1) // (count + 2)) for i in range(count)]
+    return [text[start : start + PASSAGE_CHARACTERS].strip() for start in starts]
 
 
 async def stream_tokens(stream: Stream, server: Server, tokens: int) -> None:

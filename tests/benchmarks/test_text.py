@@ -1,8 +1,4 @@
-from benchmarks.text import book, passages
-
-
-def test_book_is_there() -> None:
-    assert "OPTICKS" in book()[:5000].upper()
+from benchmarks.text import passages
 
 
 def test_passages_are_spread_over_the_text() -> None:
