@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import GPTNeoXConfig
 
 from vllm_sink.settings import SettingsError
 
 from .conftest import TRAINED_CONTEXT, Checkpoint, Engine
-from .test_families import FAMILIES, Family
+from .test_families import FAMILIES, SIZES
 
 pytestmark = pytest.mark.slow
 
@@ -62,11 +63,14 @@ def test_plain_vllm_names_a_bad_setting(checkpoint: Checkpoint, tmp_path: Path) 
 
 def test_positions_that_change_with_the_stream_are_refused(engine: Engine, tmp_path: Path) -> None:
     """Found out from the model as built: its config alone does not tell."""
-    neox = FAMILIES["gpt-neox"]
-    rope = neox.config["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}
-    path = Family("GPTNeoX", neox.config | {"rope_parameters": rope}).save(tmp_path / "dynamic")
+    sizes = SIZES | FAMILIES["gpt-neox"].config
+    rope = sizes["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}
+    # A config alone: once vLLM has loaded a model of transformers' own, it can be built no more.
+    config = GPTNeoXConfig(**sizes | {"rope_parameters": rope})
+    config.architectures = ["GPTNeoXForCausalLM"]
+    config.save_pretrained(tmp_path)
     with (
         pytest.raises(SettingsError, match=r"no position encoding .*; accepted are ALiBi and "),
-        engine(path, {"sink_tokens": 4, "window_tokens": 60}),
+        engine(tmp_path, {"sink_tokens": 4, "window_tokens": 60}, load_format="dummy"),
     ):
         pass
