@@ -59,7 +59,7 @@ QUICK = Plan(
     rounds=2,
     steps=4,
     prompt_tokens=1100,
-    prefill_rounds=2,
+    prefill_rounds=1,
     prefill_tokens=1500,
 )
 

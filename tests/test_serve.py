@@ -234,7 +234,7 @@ def test_the_log_sums_up_what_is_served(server: Server) -> None:
     """ceil(4/32) + ceil(59/32) + 1 = 4 blocks a stream."""
     summary = re.search(
         r"Sinks S=4, window W=60 tokens, blocks of 32: a stream holds at most 4 blocks .*; "
-        r"KV pool of (\d+) blocks: (\d+) full streams fit\.",
+        r"KV pool of (\d+) blocks: (\d+) full streams fit, for this group of layers\.",
         server.log.read_text(),
     )
     assert summary

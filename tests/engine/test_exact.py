@@ -119,10 +119,9 @@ def test_full_policy_evicts_nothing_past_the_trained_context(
     assert error(output, StreamingLlama(path, sinks=0, window=1000)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("chunk", [17, 512])
-@pytest.mark.parametrize("sinks", [5, 40])
+@pytest.mark.parametrize(("sinks", "chunk"), [(5, 17), (40, 512)])
 def test_prefix_hits_match_the_paper(
-    checkpoint: Checkpoint, engine: Engine, chunk: int, sinks: int
+    checkpoint: Checkpoint, engine: Engine, sinks: int, chunk: int
 ) -> None:
     """Hits inside the cache, past the window, and into a stream that is still running."""
     path = checkpoint("llama3")
