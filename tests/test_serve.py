@@ -100,6 +100,25 @@ def test_flags_override_additional_config(model: Path) -> None:
     assert args.max_model_len == 2000
 
 
+@pytest.mark.parametrize(
+    ("capability", "asked", "expected"),
+    [
+        ("AVX2", [], "float32"),
+        ("AVX2", ["--dtype", "bfloat16"], "bfloat16"),
+        ("AVX512", [], "auto"),
+    ],
+)
+def test_no_bfloat16_on_a_cpu_that_is_slow_in_it(
+    model: Path,
+    capability: str,
+    asked: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert completed("--model", model, *asked).dtype == expected
+
+
 def test_window_policy_has_the_whole_cache(model: Path) -> None:
     args = completed("--model", model, "--sink-policy", "window")
     assert args.additional_config["sink"]["window_tokens"] == CONTEXT

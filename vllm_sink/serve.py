@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_sink import embedded
+from vllm_sink import cpu, embedded
 from vllm_sink.plugin.check import trained_context
 from vllm_sink.settings import Policy, SettingsError, SinkSettings
 
@@ -78,13 +78,15 @@ def make_parser() -> FlexibleArgumentParser:
 
 
 def fill_in_defaults(args: Namespace) -> None:
-    """Complete `args` in place: the model, its sinks, `max_model_len` and the KV pool."""
+    """Complete `args` in place: the model, its sinks, `max_model_len`, dtype and the KV pool."""
     args.model = args.model_tag or args.model
     if args.model is None:
         model = embedded.path()
         args.model = str(model)
         args.served_model_name = args.served_model_name or [model.name]
     args.model_tag = args.model
+    if current_platform.is_cpu() and args.dtype == "auto" and cpu.fast_dtype() == "float32":
+        args.dtype = "float32"
     model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     settings = settings_from(args, model_config)
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
