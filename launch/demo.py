@@ -6,15 +6,10 @@ each has come and how many KV blocks they hold, and stops the server again, howe
 
 import argparse
 import asyncio
-import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.book import book
+from launch.server import REFRESH_SECONDS, Server, ServerLostError, free_port, serving
 from vllm_sink import embedded
 from vllm_sink.geometry import Geometry, cdiv
 
@@ -39,15 +35,9 @@ INSTRUCTION = (
 PASSAGE_CHARACTERS = 1200
 LONGEST_PROMPT = 512
 """In tokens: more than a passage and the chat template around it ever take."""
-GRACE_SECONDS = 10
-REFRESH_SECONDS = 0.5
 LINE_SECONDS = 5
 
 console = Console()
-
-
-class ServerLostError(RuntimeError):
-    """The server ended or stopped answering: one sentence, then the last lines of its log."""
 
 
 @dataclass
@@ -168,62 +158,6 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class Server:
-    """A server in a process group of its own, so that it can be stopped with all its children."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-
-    async def ready(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url) as client:
-            while True:
-                if self.process.poll() is not None:
-                    raise self.lost()
-                with suppress(httpx.TransportError):
-                    if (await client.get("/health")).is_success:
-                        return
-                await asyncio.sleep(REFRESH_SECONDS)
-
-    def lost(self, cause: Exception | None = None) -> ServerLostError:
-        with suppress(subprocess.TimeoutExpired):  # its connections break before it has ended
-            self.process.wait(REFRESH_SECONDS)
-        ending = self.process.poll()
-        how = f"failed ({cause})" if ending is None else f"ended with exit code {ending}"
-        last_lines = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-        return ServerLostError(f"The server {how}; the last lines of its log are:\n{last_lines}")
-
-    def stop(self) -> None:
-        """Ask the whole group to end, then kill what is left of it. Not interruptible."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS)
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@contextmanager
-def serving(command: list[str], port: int) -> Iterator[Server]:
-    # One GiB holds tens of thousands of this model's tokens; vLLM would take what the machine has.
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with tempfile.NamedTemporaryFile(prefix="vllm-sink-", suffix=".log") as log:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        server = Server(process, f"http://127.0.0.1:{port}", Path(log.name))
-        try:
-            yield server
-        finally:
-            server.stop()
-
-
 def server_command(model: Path, options: argparse.Namespace, port: int) -> list[str]:
     settings = {
         "sink-tokens": SINK_TOKENS,
@@ -235,13 +169,6 @@ def server_command(model: Path, options: argparse.Namespace, port: int) -> list[
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "vllm_sink.serve", str(model), "--enforce-eager", *flags]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def passages(count: int) -> list[str]:
