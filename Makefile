@@ -11,6 +11,8 @@ ARGS ?=
 
 BIN := .venv/bin
 LOCKS := $(addprefix requirements/,bootstrap.lock debian.lock python.lock torch.lock)
+# A process a core; a file's tests, which share engines, stay together.
+PARALLEL := -n auto --dist loadfile
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
@@ -36,16 +38,19 @@ check: install
 	$(BIN)/mypy
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-fast: install
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 # Resolves anew, to the newest versions that fit; `make install` then brings .venv up to the result.
 lock: install
 	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(COMPILE) pyproject.toml --extra dev requirements/lock.in \
 		--excludes requirements/excluded.in -o requirements/python.lock
+	for name in requirements/venvs/*.in; do \
+		$(COMPILE) $$name --excludes requirements/excluded.in -o $${name%.in}.lock || exit; \
+	done
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,19 @@
 """What this project costs and what it keeps, measured on real vLLM: one command a question.
 
+Quality
+    python -m benchmarks.perplexity  over a long text, past the trained context
+    python -m benchmarks.peers       token by token beside attention-sinks and llama.cpp
+    python -m benchmarks.streameval  what is recalled, and from how far back
+Speed
+    python -m benchmarks.recompute   a token's latency against reading the window anew for each
     python -m benchmarks.speed       decode and prefill against stock vLLM
     python -m benchmarks.position    step time and memory far down a stream
-    python -m benchmarks.perplexity  quality over a book, past the trained context
+Many streams
+    python -m benchmarks.capacity    streams that a KV pool holds
+    python -m benchmarks.throughput  concurrent clients over HTTP, against every baseline
+
+    python -m benchmarks.report      one page of all results
 
 Each prints a table and writes JSON to `benchmarks/results/`; `--quick` only shows that it runs.
+They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`.
 """

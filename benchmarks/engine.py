@@ -1,22 +1,26 @@
-"""Real vLLM engines, each in a process of its own on one core, that take turns.
+"""Real vLLM engines, each in a process of its own.
 
-Two arms of a comparison share the core and never run at the same time, so that whatever else the
-machine does meets both alike.
+Where arms are timed against each other, their engines share one core and take turns, never running
+at the same time, so that whatever else the machine does meets both alike.
 """
 
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import psutil
-from rich.progress import Progress
+from rich.progress import Progress, track
+
+from benchmarks.cli import BenchmarkError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,16 +37,18 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Memory:
+class State:
     kv_blocks: int
     """Blocks that are not free, of all streams."""
+    preemptions: int
+    """Since the engine started."""
     rss_mib: float
 
 
 class Engine:
     """A `vllm.LLM` stepped by hand."""
 
-    def __init__(self, model: Path, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: str | Path, arguments: dict[str, Any]) -> None:
         from vllm import LLM
 
         defaults = {
@@ -58,11 +64,15 @@ class Engine:
 
     def fill(self, prompts: list[list[int]]) -> None:
         """End all streams, then open one a prompt and compute the prompts."""
-        self.engine.abort_request(self.open)
-        self.open = [self._add(prompt) for prompt in prompts]
+        self.offer(prompts)
         waiting = set(self.open)
         while waiting:
             waiting -= {output.request_id for output in self.engine.step()}
+
+    def offer(self, prompts: list[list[int]]) -> None:
+        """End all streams, then queue one a prompt."""
+        self.engine.abort_request(self.open)
+        self.open = [self._add(prompt) for prompt in prompts]
 
     def time_steps(self, count: int) -> list[float]:
         """Seconds of each of the next `count` steps, one token for every open stream."""
@@ -71,6 +81,10 @@ class Engine:
             self.engine.step()
             clock.append(time.perf_counter())
         return [stop - start for start, stop in pairwise(clock)]
+
+    def streaming(self, count: int) -> list[int]:
+        """How many streams received a token in each of the next `count` steps."""
+        return [len(self.engine.step()) for _ in range(count)]
 
     def time_prompt(self, prompt: list[int]) -> float:
         """Seconds until the first token of a single stream, which then ends."""
@@ -94,13 +108,30 @@ class Engine:
         scored = zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
         return [-candidates[token].logprob for token, candidates in scored]
 
-    def memory(self) -> Memory:
+    def last_nll(self, passages: list[list[int]], title: str) -> list[float]:
+        """-log p of the last token of each passage, in nats."""
+        nll = []
+        for *prompt, target in track(passages, title):
+            # Not among the prompt's: those take the scores of every token over the vocabulary.
+            self._add(prompt, max_tokens=1, logprobs=1, logprob_token_ids=[target])
+            outputs: list[Any] = []
+            while not outputs:
+                outputs = self.engine.step()
+            ((scores,),) = (output.outputs[0].logprobs for output in outputs)
+            nll.append(-scores[target].logprob)
+        return nll
+
+    def state(self) -> State:
         """Needs `disable_log_stats=False`."""
         metrics = {metric.name: metric for metric in self.llm.get_metrics()}
         # The usage leaves out the null block (vllm/v1/core/block_pool.py, get_usage).
         blocks = int(metrics["vllm:cache_config_info"].labels["num_gpu_blocks"]) - 1
         used = metrics["vllm:kv_cache_usage_perc"].value * blocks
-        return Memory(round(used), round(psutil.Process().memory_info().rss / 2**20, 1))
+        return State(
+            kv_blocks=round(used),
+            preemptions=metrics["vllm:num_preemptions"].value,
+            rss_mib=round(psutil.Process().memory_info().rss / 2**20, 1),
+        )
 
     def _add(self, prompt: list[int], **parameters: Any) -> str:
         from vllm import SamplingParams
@@ -125,12 +156,15 @@ class Engine:
 class Worker:
     """An `Engine` elsewhere: `worker.run(Engine.time_steps, 16)`.
 
-    Raises concurrent.futures.process.BrokenProcessPool where the engine does not start or dies;
-    its own words are on stderr by then.
+    Raises BenchmarkError where the engine does not start or dies.
     """
 
-    def __init__(self, model: Path, **arguments: Any) -> None:
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _start, (model, arguments))
+    def __init__(self, model: str | Path, *, pinned: bool = False, **arguments: Any) -> None:
+        """`pinned` to the core that all such workers share; `arguments` are those of vllm.LLM."""
+        # Inherited, as OMP_NUM_THREADS is read once, by whichever module first imports torch.
+        os.environ.update(ENVIRONMENT)
+        start = (model, arguments, pinned)
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), _start, start)
 
     def run(
         self,
@@ -139,7 +173,10 @@ class Worker:
         **kwargs: P.kwargs,
     ) -> T:
         call: Callable[[], T] = partial(_run, method, *args, **kwargs)
-        return self.pool.submit(call).result()
+        try:
+            return self.pool.submit(call).result()
+        except BrokenProcessPool as error:
+            raise BenchmarkError("The engine's process ended; its own words are above.") from error
 
     def __enter__(self) -> Self:
         return self
@@ -148,13 +185,31 @@ class Worker:
         self.pool.shutdown()
 
 
+def pin() -> None:
+    """Confine this process to one core, the same for all that call this."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def end_with_parent() -> None:
+    """However the parent ends: otherwise a call under way would first be computed to its end."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 _engine: Engine
 
 
-def _start(model: Path, arguments: dict[str, Any]) -> None:
+def _start(model: str | Path, arguments: dict[str, Any], pinned: bool) -> None:
     global _engine
-    os.environ.update(ENVIRONMENT)
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    end_with_parent()
+    if pinned:
+        pin()
     _engine = Engine(model, arguments)
 
 

@@ -1,178 +1,213 @@
-"""How well a model predicts a book when it keeps sinks, a window alone, or everything.
+"""How well a model predicts a long text when it keeps sinks, a window alone, or everything.
 
-Each arm reads the book as one prompt in real vLLM and notes every token's negative log-likelihood.
+Each arm reads the text as one prompt in real vLLM and notes every token's negative log-likelihood.
+Re-computation, for which each token costs a forward pass over the whole window, reads a sample.
 An arm is written as soon as it is read, and not read again unless --fresh or its setup changed.
 """
 
-import json
-import math
-import sys
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import results
+from benchmarks import cli, results, tiny
 from benchmarks.engine import Engine, Worker
-from benchmarks.text import book_tokens
+from benchmarks.likelihood import THOUSAND, by_thousand, far_over_fresh, perplexity, ratio
+from benchmarks.text import novel_tokens
 from vllm_sink import embedded
 
 DTYPE = "float32"
 CHUNK = 512
 """Tokens of a step: their log-probabilities over the vocabulary are held at once."""
-THOUSAND = 1000
-TRAINED_CONTEXT = 8192
+SEED = 0
 
 console = Console()
 
 
 @dataclass(frozen=True)
 class Arm:
+    """A text read from beginning to end."""
+
     name: str
     tokens: int
     sink: dict[str, Any] | None
     """Settings of this project; None is stock vLLM."""
     start: int = 0
-    """The token of the book that is the first of the stream."""
+    """The token of the text that is the first of the stream."""
+
+    def read(self, model: str, text: list[int]) -> list[float]:
+        """Negative log-likelihood of each token but the first, in nats."""
+        arguments = {} if self.sink is None else {"additional_config": {"sink": self.sink}}
+        with _worker(model, self.tokens + 1, **arguments) as worker:
+            passage = text[self.start : self.start + self.tokens]
+            return worker.run(Engine.nll, passage, CHUNK, self.name)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Stock vLLM reads the last `cache` tokens anew for each of `samples` tokens of the text."""
+
+    name: str
+    tokens: int
+    cache: int
+    samples: int
 
     @property
-    def key(self) -> str:
-        return f"{self.name}-{self.tokens}"
+    def positions(self) -> list[int]:
+        """Of the tokens that are predicted; all have a full cache before them."""
+        return sorted(random.Random(SEED).sample(range(self.cache, self.tokens), self.samples))
 
-    def setup(self, model: Path) -> dict[str, Any]:
-        return {"model": model.name, "dtype": DTYPE, "chunk": CHUNK, **asdict(self)}
-
-    def read(self, model: Path) -> list[float]:
-        """Negative log-likelihood of each token but the first, in nats."""
-        arguments: dict[str, Any] = {
-            "dtype": DTYPE,
-            "max_model_len": self.tokens + 1,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": CHUNK,
-        }
-        if self.sink is not None:
-            arguments["additional_config"] = {"sink": self.sink}
-        text = book_tokens(model, self.start + self.tokens)[self.start :]
-        with Worker(model, **arguments) as worker:
-            return worker.run(Engine.nll, text, CHUNK, self.key)
+    def read(self, model: str, text: list[int]) -> list[float]:
+        windows = [text[position - self.cache : position + 1] for position in self.positions]
+        with _worker(model, self.cache + 1) as worker:
+            return worker.run(Engine.last_nll, windows, self.name)
 
 
-ARMS = (
-    Arm("dense", 4_000, None),
-    Arm("sink", 4_000, {"sink_tokens": 4, "window_tokens": 512}),
-    Arm("window", 4_000, {"policy": "window", "window_tokens": 512}),
-    Arm("sink", 16_000, {"sink_tokens": 4, "window_tokens": 1020}),
-    Arm("window", 16_000, {"policy": "window", "window_tokens": 1024}),
-    # The second half of the same text at positions 0 to 7,999: tells text and position apart.
-    Arm("fresh", 8_000, {"sink_tokens": 4, "window_tokens": 1020}, start=8_000),
-    # Stock's rotary table ends with the trained context.
-    Arm("dense", 16_000, {"policy": "full"}),
-)
-QUICK = (
-    Arm("sink", 300, {"sink_tokens": 4, "window_tokens": 60}),
-    Arm("window", 300, {"policy": "window", "window_tokens": 64}),
-)
+@dataclass(frozen=True)
+class Plan:
+    arms: tuple[Arm, ...]
+    """Among them "sink-4", and "sink-4-fresh", which begins in the middle of its text."""
+    recompute: Recompute
 
 
-def perplexity(nll: list[float]) -> float:
-    return math.exp(fmean(nll))
+def plan(tokens: int, cache: int) -> Plan:
+    """S + W = `cache` in every arm with sinks or a window."""
 
+    def sink(count: int, **more: Any) -> dict[str, Any]:
+        return {"sink_tokens": count, "window_tokens": cache - count, **more}
 
-def by_thousand(nll: list[float]) -> list[float]:
-    """Perplexity of tokens 0-999, 1000-1999 and so on; the first token of all has none."""
-    positioned = [math.nan, *nll]
-    thousands = [positioned[i : i + THOUSAND] for i in range(0, len(positioned), THOUSAND)]
-    return [
-        perplexity(thousand[1:] if i == 0 else thousand) for i, thousand in enumerate(thousands)
-    ]
-
-
-def spreads(nll: list[float]) -> dict[str, tuple[float, float]]:
-    """Lowest and highest perplexity of a thousand, before and past the trained context."""
-    thousands = by_thousand(nll)
-    trained = TRAINED_CONTEXT // THOUSAND
-    earlier, later = thousands[:trained], thousands[trained:]
-    return {"earlier": (min(earlier), max(earlier)), "later": (min(later), max(later))}
-
-
-def far_over_fresh(far: list[float], fresh: list[float]) -> list[float]:
-    """Perplexity of the same text late and early in a stream, by thousand.
-
-    Leaves out the fresh stream's first thousand, which begins without a context.
-    """
-    late = by_thousand(far)[-len(by_thousand(fresh)) :]
-    return [a / b for a, b in zip(late, by_thousand(fresh), strict=True)][1:]
-
-
-def read(arm: Arm, model: Path, path: Path, fresh: bool) -> list[float]:
-    """The arm's figures from `path`, or else from the model, which takes minutes."""
-    setup = arm.setup(model)
-    if not fresh and path.exists():
-        written = json.loads(path.read_text(encoding="utf-8"))
-        if written["setup"] == setup:
-            console.print(f"{arm.key}: already in {path}")
-            nll: list[float] = written["nll"]
-            return nll
-    nll = [round(value, 4) for value in arm.read(model)]
-    results.write(path, "benchmarks.perplexity", {"setup": setup, "nll": nll}, indent=None)
-    return nll
-
-
-def summary(nll: list[float]) -> dict[str, Any]:
-    return {
-        "perplexity": round(perplexity(nll), 3),
-        "by_thousand": [round(value, 3) for value in by_thousand(nll)],
-    }
-
-
-def level(far: list[float], fresh: list[float]) -> dict[str, Any]:
-    """Print and return what bears on the claim that quality holds past the trained context."""
-    found = spreads(far)
-    ratios = far_over_fresh(far, fresh)
-    before, past = ("{:.2f} to {:.2f}".format(*found[when]) for when in ("earlier", "later"))
-    console.print(f"By thousand: {before} before the trained context ends, {past} past it.")
-    console.print(
-        f"The same text past it over a stream begun there: {min(ratios):.4f} to {max(ratios):.4f}."
+    window = {"policy": "window", "window_tokens": cache}
+    half = tokens // 2
+    return Plan(
+        (
+            # As far as the embedded model was trained, and about twice as far.
+            Arm("dense", 8_000, None),
+            Arm("full", 16_000, {"policy": "full"}),
+            Arm("window", tokens, window),
+            *(Arm(f"sink-{count}", tokens, sink(count)) for count in (1, 2, 4, 8)),
+            *(
+                Arm(f"sink-{count}-stream-positions", tokens, sink(count, reindex=False))
+                for count in (1, 2, 4, 8)
+            ),
+            # Tells text and position apart.
+            Arm("sink-4-fresh", tokens - half, sink(4), start=half),
+        ),
+        Recompute("recompute", tokens, cache, samples=256),
     )
+
+
+PLAN = plan(33_000, 1024)
+QUICK = Plan(
+    (
+        Arm("dense", 500, None),
+        Arm("sink-4", 500, {"sink_tokens": 4, "window_tokens": 60}),
+        Arm("sink-4-fresh", 100, {"sink_tokens": 4, "window_tokens": 60}, start=400),
+    ),
+    Recompute("recompute", 500, cache=64, samples=8),
+)
+
+
+def _worker(model: str, max_model_len: int, **arguments: Any) -> Worker:
+    return Worker(
+        model,
+        dtype=DTYPE,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=CHUNK,
+        **arguments,
+    )
+
+
+def measure(
+    plan: Plan, model: str, text: list[int], raw: Path, fresh: bool
+) -> dict[str, list[float]]:
+    """Each arm's likelihoods, from the folder `raw` or else from the model, which takes minutes."""
+    nlls: dict[str, list[float]] = {}
+    arms: list[Arm | Recompute] = [*plan.arms, plan.recompute]
+    for arm in arms:
+        path = raw / f"{arm.name}.json"
+        setup = {"model": Path(model).name, "dtype": DTYPE, "seed": SEED, **asdict(arm)}
+        record = results.stored(path, setup, fresh)
+        if record is None:
+            record = {"setup": setup, "nll": [round(nll, 4) for nll in arm.read(model, text)]}
+            results.write(path, "benchmarks.perplexity", record, indent=None)
+        nlls[arm.name] = record["nll"]
+    return nlls
+
+
+def figures(plan: Plan, nlls: dict[str, list[float]]) -> dict[str, Any]:
+    sink, recomputed = nlls["sink-4"], nlls["recompute"]
+    sampled = [sink[position - 1] for position in plan.recompute.positions]
     return {
-        **{when: [round(value, 3) for value in bounds] for when, bounds in found.items()},
-        "far_over_fresh": [round(ratio, 4) for ratio in ratios],
+        "arms": {
+            arm.name: {
+                "perplexity": round(perplexity(nlls[arm.name]), 3),
+                "by_thousand": [round(value, 3) for value in by_thousand(nlls[arm.name])],
+            }
+            for arm in plan.arms
+        },
+        "recompute": {
+            "perplexity": round(perplexity(recomputed), 3),
+            "sink_on_the_same_tokens": round(perplexity(sampled), 3),
+            "sink_over_recompute": ratio(sampled, recomputed),
+        },
+        "far_over_fresh": [round(value, 4) for value in far_over_fresh(sink, nlls["sink-4-fresh"])],
     }
 
 
-def show(figures: dict[str, dict[str, Any]]) -> None:
-    table = Table("from token", *(key.replace("-", "\n") for key in figures))
-    columns = [arm["by_thousand"] for arm in figures.values()]
+def show(found: dict[str, Any]) -> None:
+    arms = found["arms"]
+    table = Table("from token", *(name.replace("-", "\n") for name in arms))
+    columns = [arm["by_thousand"] for arm in arms.values()]
     for i, row in enumerate(zip_longest(*columns)):
         table.add_row(
             f"{i * THOUSAND:,}", *("" if value is None else f"{value:.2f}" for value in row)
         )
     table.add_section()
-    table.add_row("all", *(f"{arm['perplexity']:.2f}" for arm in figures.values()))
+    table.add_row("all", *(f"{arm['perplexity']:.2f}" for arm in arms.values()))
     console.print(table)
+    recompute = found["recompute"]
+    console.print(
+        f"At the sampled tokens: sinks {recompute['sink_on_the_same_tokens']:.2f}, "
+        f"re-computation {recompute['perplexity']:.2f}; "
+        "ratio {ratio:.4f}, standard error {standard_error:.4f}.".format(
+            **recompute["sink_over_recompute"]
+        )
+    )
+    if found["far_over_fresh"]:
+        least, most = min(found["far_over_fresh"]), max(found["far_over_fresh"])
+        console.print(f"The second half over a stream begun there: {least:.4f} to {most:.4f}.")
 
 
-def main() -> int:
-    parser = results.parser(__doc__)
-    parser.add_argument("--fresh", action="store_true", help="read every arm again")
+@contextmanager
+def task(quick: bool, model: str | None) -> Iterator[tuple[str, Plan, list[int]]]:
+    """The model, what is done with it, and the text."""
+    if quick:
+        with tiny.llama() as folder:
+            yield folder, QUICK, tiny.tokens(QUICK.recompute.tokens)
+    else:
+        model = model or str(embedded.path())
+        yield model, PLAN, novel_tokens(model, PLAN.recompute.tokens)
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, resumable=True)
+    parser.add_argument("--model", help="a checkpoint or its name (default: the embedded model)")
     options = parser.parse_args()
-    model = embedded.path()
-    target = results.folder(options)
-    nlls = {
-        arm.key: read(arm, model, target / "perplexity" / f"{arm.key}.json", options.fresh)
-        for arm in (QUICK if options.quick else ARMS)
-    }
-    figures: dict[str, dict[str, Any]] = {key: summary(nll) for key, nll in nlls.items()}
-    show(figures)
-    if not options.quick:
-        figures["level"] = level(nlls["sink-16000"], nlls["fresh-8000"])
-    results.write(target / "perplexity.json", "benchmarks.perplexity", {"arms": figures})
-    return 0
+    target = cli.folder(options)
+    with task(options.quick, options.model) as (model, plan, text):
+        nlls = measure(plan, model, text, target / "perplexity", options.fresh)
+    found = figures(plan, nlls)
+    show(found)
+    setup = {"model": Path(model).name, "dtype": DTYPE, "seed": SEED, **asdict(plan)}
+    results.write(target / "perplexity.json", "benchmarks.perplexity", {"setup": setup, **found})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

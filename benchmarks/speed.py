@@ -6,7 +6,6 @@ the same weights read as a Mistral, which is a Llama with a window.
 """
 
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +18,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import results
+from benchmarks import cli, results
 from benchmarks.engine import Engine, Worker
 from benchmarks.text import book_tokens, passages
-from vllm_sink import embedded
+from vllm_sink import cpu, embedded
 
 SINKS = 4
 CACHE = 1024
 SINK = {"sink": {"sink_tokens": SINKS, "window_tokens": CACHE - SINKS}}
 ENGINE = {
-    "dtype": "bfloat16",
     "max_model_len": 8192,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 2048,
@@ -64,13 +62,16 @@ QUICK = Plan(
 )
 
 
-def decode(model: Path, tokens: list[int], plan: Plan) -> dict[str, Any]:
+def decode(model: Path, engine: dict[str, Any], tokens: list[int], plan: Plan) -> dict[str, Any]:
     """Milliseconds a step."""
     context = CACHE - plan.rounds * plan.steps // 2
     ours: list[float] = []
     stock: list[float] = []
     for _ in track(range(plan.passes), "decode", console=console):
-        with Worker(model, additional_config=SINK, **ENGINE) as a, Worker(model, **ENGINE) as b:
+        with (
+            Worker(model, additional_config=SINK, pinned=True, **engine) as a,
+            Worker(model, pinned=True, **engine) as b,
+        ):
             a.run(Engine.fill, passages(tokens, plan.streams, plan.prompt_tokens))
             b.run(Engine.fill, passages(tokens, plan.streams, context))
             for _ in range(plan.rounds):
@@ -79,15 +80,15 @@ def decode(model: Path, tokens: list[int], plan: Plan) -> dict[str, Any]:
     return comparison(ours, stock)
 
 
-def prefill(model: Path, tokens: list[int], plan: Plan) -> dict[str, Any]:
+def prefill(model: Path, engine: dict[str, Any], tokens: list[int], plan: Plan) -> dict[str, Any]:
     """Tokens a second."""
     (prompt,) = passages(tokens, 1, plan.prefill_tokens)
     ours: list[float] = []
     stock: list[float] = []
     with (
         windowed(model) as mistral,
-        Worker(model, additional_config=SINK, **ENGINE) as a,
-        Worker(mistral, **ENGINE) as b,
+        Worker(model, additional_config=SINK, pinned=True, **engine) as a,
+        Worker(mistral, pinned=True, **engine) as b,
     ):
         for worker in (a, b):
             worker.run(Engine.time_prompt, prompt)
@@ -134,22 +135,22 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
     console.print(table)
 
 
-def main() -> int:
-    options = results.parser(__doc__).parse_args()
+def main() -> None:
+    options = cli.parser(__doc__).parse_args()
     plan = QUICK if options.quick else Plan()
     model = embedded.path()
     tokens = book_tokens(model, 40_000)
+    engine = {"dtype": cpu.fast_dtype(), **ENGINE}
     figures = {
-        "decode_ms_a_step": decode(model, tokens, plan),
-        "prefill_tokens_a_second": prefill(model, tokens, plan),
+        "decode_ms_a_step": decode(model, engine, tokens, plan),
+        "prefill_tokens_a_second": prefill(model, engine, tokens, plan),
     }
     show(figures)
-    setup = {"model": model.name, "engine": ENGINE, **SINK, **asdict(plan)}
+    setup = {"model": model.name, "engine": engine, **SINK, **asdict(plan)}
     results.write(
-        results.folder(options) / "speed.json", "benchmarks.speed", {"setup": setup, **figures}
+        cli.folder(options) / "speed.json", "benchmarks.speed", {"setup": setup, **figures}
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

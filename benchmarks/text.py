@@ -3,15 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks import novels
 from launch.book import book
 
 
-def book_tokens(model: Path, count: int) -> list[int]:
-    """The first `count` tokens of the book, by the tokenizer of `model`; no special tokens."""
+def book_tokens(model: str | Path, count: int) -> list[int]:
+    """The first `count` tokens of Newton's "Opticks", which is installed with the engine."""
+    return _tokens(model, book(), count)
+
+
+def novel_tokens(model: str | Path, count: int) -> list[int]:
+    """The first `count` tokens of Jane Austen's novels."""
+    return _tokens(model, novels.text(), count)
+
+
+def _tokens(model: str | Path, text: str, count: int) -> list[int]:
+    """By the tokenizer of `model`; no special tokens."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    tokens: list[int] = tokenizer(book(), add_special_tokens=False, verbose=False)["input_ids"]
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens[:count]
 
 

@@ -2,25 +2,11 @@ import json
 import socket
 from pathlib import Path
 
-import pytest
-
-from benchmarks.results import folder, parser, spread, write
+from benchmarks.results import spread, stored, write
 
 
 def test_spread() -> None:
     assert spread([3.0, 1.0, 2.00004]) == {"min": 1.0, "median": 2.0, "max": 3.0}
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ([], "benchmarks/results"),
-        (["--quick"], "build/benchmarks"),
-        (["--quick", "--results", "here"], "here"),
-    ],
-)
-def test_a_quick_run_never_replaces_committed_results(line: list[str], expected: str) -> None:
-    assert folder(parser("").parse_args(line)) == Path(expected)
 
 
 def test_written_with_its_circumstances_but_no_host(tmp_path: Path) -> None:
@@ -32,3 +18,15 @@ def test_written_with_its_circumstances_but_no_host(tmp_path: Path) -> None:
     assert "torch" in record["versions"]
     assert record["command"].startswith("python -m benchmarks.x")
     assert socket.gethostname() not in text
+
+
+def test_what_is_stored_counts_for_the_same_setup_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    setup = {"sizes": (1, 2)}
+    assert stored(path, setup, fresh=False) is None
+    write(path, "benchmarks.x", {"setup": setup, "figure": 1})
+    record = stored(path, setup, fresh=False)
+    assert record is not None
+    assert record["figure"] == 1
+    assert stored(path, setup, fresh=True) is None
+    assert stored(path, {"sizes": (1, 3)}, fresh=False) is None

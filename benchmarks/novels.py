@@ -1,0 +1,85 @@
+"""Jane Austen's six novels, a long text that is plain English throughout (about 930,000 tokens).
+
+    python -m benchmarks.novels
+
+fetches them: a Debian package of 1.6 MB, unpacked into ~/.cache/vllm_sink and not installed.
+"""
+
+import re
+import subprocess
+import tempfile
+import zlib
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import cli
+from vllm_sink import cache
+
+DEBIAN_LOCK = Path(__file__).parents[1] / "requirements" / "debian.lock"
+PACKAGE = "r-cran-janeaustenr"
+DATA = Path("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
+STRING = re.compile(rb"(?s:(?:\x00\x04\x00|\x00\x00\x80)\t(.{4}))")
+"""An ASCII or UTF-8 string's head in R's serialisation, and its length ("R Internals", 1.8)."""
+
+
+def text() -> str:
+    """All six, one after the other, in the order of their titles from "Emma" on.
+
+    Raises:
+        BenchmarkError: they have not been fetched.
+    """
+    data = _unpacked()
+    if not data.exists():
+        raise cli.BenchmarkError("The novels are missing: run `python -m benchmarks.novels`.")
+    return "\n".join(line for novel in _entries(data.read_bytes()) for line in _strings(novel))
+
+
+def fetch() -> None:
+    """Raises BenchmarkError where apt-get or dpkg fail; their own words are on stderr."""
+    if _unpacked().exists():
+        return
+    lines = DEBIAN_LOCK.read_text(encoding="utf-8").splitlines()
+    (locked,) = (line for line in lines if line.startswith(PACKAGE))
+    with tempfile.TemporaryDirectory(dir=cache.folder()) as scratch:
+        # Debian drops a version when the next one comes; the text stays.
+        if all(_fails(["apt-get", "-q", "download", name], scratch) for name in (locked, PACKAGE)):
+            raise cli.BenchmarkError(f"apt-get could not download {PACKAGE}, a Debian package.")
+        (package,) = Path(scratch).glob("*.deb")
+        unpacked = Path(scratch, "unpacked")
+        if _fails(["dpkg-deb", "-x", package.name, unpacked.name], scratch):
+            raise cli.BenchmarkError(f"dpkg-deb could not unpack {package.name}.")
+        unpacked.rename(_unpacked().parents[len(DATA.parents) - 1])
+
+
+def _unpacked() -> Path:
+    return cache.folder() / "novels" / DATA
+
+
+def _fails(command: list[str], folder: str) -> bool:
+    return subprocess.run(command, cwd=folder).returncode != 0
+
+
+def _entries(database: bytes) -> Iterator[bytes]:
+    """R's lazy-load database: each object after its length, 4 bytes, compressed by zlib."""
+    while database:
+        entry = zlib.decompressobj()
+        yield entry.decompress(database[4:])
+        database = entry.unused_data
+
+
+def _strings(serialised: bytes) -> Iterator[str]:
+    end = 0
+    while head := STRING.search(serialised, end):
+        end = head.end() + int.from_bytes(head[1])
+        yield serialised[head.end() : end].decode()
+
+
+def main() -> None:
+    ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
+    fetch()
+    print(f"{len(text()):,} characters")
+
+
+if __name__ == "__main__":
+    cli.run(main)
