@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all there is to know; both install what they need into .venv.
 PYTHON ?= python3.11
 # Where pip also looks for torch's CPU build, if its default index has only the CUDA one.
-TORCH_INDEX ?=
+export TORCH_INDEX ?=
 # Passed on to the demo: concurrent streams, tokens a stream runs to, window W in tokens.
 CLIENTS ?=
 TOKENS ?=
@@ -16,13 +16,18 @@ PARALLEL := -n auto --dist loadfile
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
-.PHONY: install demo serve check test test-fast lock clean
+.PHONY: install venvs demo serve check test test-fast lock clean
 
 install: .venv/.installed
 
 .venv/.installed: $(LOCKS) pyproject.toml requirements/install
 	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install
 	@touch $@
+
+# What benchmarks need beside .venv: peers, the load generator, a text.
+venvs: install
+	$(BIN)/python -m benchmarks.venvs $(notdir $(basename $(wildcard requirements/venvs/*.in)))
+	$(BIN)/python -m benchmarks.novels
 
 demo: install
 	$(BIN)/python -m launch.demo \
@@ -37,10 +42,10 @@ check: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: install
+test: install venvs
 	$(BIN)/pytest $(PARALLEL)
 
-test-fast: install
+test-fast: install venvs
 	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
 # Resolves anew, to the newest versions that fit; `make install` then brings .venv up to the result.

@@ -31,9 +31,10 @@ def ratio(ours: list[float], others: list[float]) -> dict[str, float]:
 
 
 def far_over_fresh(far: list[float], fresh: list[float]) -> list[float]:
-    """Perplexity of the same text late and early in a stream, by thousand.
+    """Perplexity of the same text late and early in a stream, by thousand of the fresh stream.
 
-    Leaves out the fresh stream's first thousand, which begins without a context.
+    Both end with the same token. Leaves out the fresh stream's first thousand, which begins without
+    a context.
     """
-    late = by_thousand(far)[-len(by_thousand(fresh)) :]
+    late = by_thousand(far[-len(fresh) :])
     return [a / b for a, b in zip(late, by_thousand(fresh), strict=True)][1:]

@@ -6,6 +6,7 @@ fetches them: a Debian package of 1.6 MB, unpacked into ~/.cache/vllm_sink and n
 """
 
 import re
+import shutil
 import subprocess
 import tempfile
 import zlib
@@ -29,7 +30,7 @@ def text() -> str:
     Raises:
         BenchmarkError: they have not been fetched.
     """
-    data = _unpacked()
+    data = _unpacked() / DATA
     if not data.exists():
         raise cli.BenchmarkError("The novels are missing: run `python -m benchmarks.novels`.")
     return "\n".join(line for novel in _entries(data.read_bytes()) for line in _strings(novel))
@@ -49,15 +50,15 @@ def fetch() -> None:
         unpacked = Path(scratch, "unpacked")
         if _fails(["dpkg-deb", "-x", package.name, unpacked.name], scratch):
             raise cli.BenchmarkError(f"dpkg-deb could not unpack {package.name}.")
-        unpacked.rename(_unpacked().parents[len(DATA.parents) - 1])
+        unpacked.rename(_unpacked())
 
 
 def _unpacked() -> Path:
-    return cache.folder() / "novels" / DATA
+    return cache.folder() / "novels"
 
 
 def _fails(command: list[str], folder: str) -> bool:
-    return subprocess.run(command, cwd=folder).returncode != 0
+    return not shutil.which(command[0]) or subprocess.run(command, cwd=folder).returncode != 0
 
 
 def _entries(database: bytes) -> Iterator[bytes]:

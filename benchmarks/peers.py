@@ -100,9 +100,9 @@ class Peer(Arm):
         return nll
 
     def setup(self) -> dict[str, Any]:
-        return {**asdict(self), "model": self.model.name, "version": self._version()}
+        return {**asdict(self), "model": self.model.name, "version": self.version()}
 
-    def _version(self) -> str:
+    def version(self) -> str:
         asked = f"from importlib.metadata import version; print(version({self.package!r}))"
         return subprocess.check_output(self._python("-c", asked), text=True).strip()
 
@@ -220,7 +220,9 @@ def main() -> None:
     arms = figures(plan, measure(plan, tokens, target / "peers", options.fresh))
     show(plan, arms)
     setup = {"model": model.name, "dtype": DTYPE, **asdict(plan)}
-    results.write(target / "peers.json", "benchmarks.peers", {"setup": setup, "arms": arms})
+    versions = {arm.package: arm.version() for arm in plan.arms() if isinstance(arm, Peer)}
+    record = {"setup": setup, "peer_versions": versions, "arms": arms}
+    results.write(target / "peers.json", "benchmarks.peers", record)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ An arm is written as soon as it is read, and not read again unless --fresh or it
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -16,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cli, results, tiny
+from benchmarks import cli, results
 from benchmarks.engine import Engine, Worker
 from benchmarks.likelihood import THOUSAND, by_thousand, far_over_fresh, perplexity, ratio
-from benchmarks.text import novel_tokens
+from benchmarks.text import book_tokens, novel_tokens
 from vllm_sink import embedded
 
 DTYPE = "float32"
@@ -105,11 +103,11 @@ def plan(tokens: int, cache: int) -> Plan:
 PLAN = plan(33_000, 1024)
 QUICK = Plan(
     (
-        Arm("dense", 500, None),
-        Arm("sink-4", 500, {"sink_tokens": 4, "window_tokens": 60}),
-        Arm("sink-4-fresh", 100, {"sink_tokens": 4, "window_tokens": 60}, start=400),
+        Arm("window", 600, {"policy": "window", "window_tokens": 64}),
+        Arm("sink-4", 600, {"sink_tokens": 4, "window_tokens": 60}),
+        Arm("sink-4-fresh", 300, {"sink_tokens": 4, "window_tokens": 60}, start=300),
     ),
-    Recompute("recompute", 500, cache=64, samples=8),
+    Recompute("recompute", 600, cache=64, samples=64),
 )
 
 
@@ -125,14 +123,17 @@ def _worker(model: str, max_model_len: int, **arguments: Any) -> Worker:
 
 
 def measure(
-    plan: Plan, model: str, text: list[int], raw: Path, fresh: bool
+    plan: Plan, common: dict[str, Any], model: str, text: list[int], raw: Path, fresh: bool
 ) -> dict[str, list[float]]:
-    """Each arm's likelihoods, from the folder `raw` or else from the model, which takes minutes."""
+    """Each arm's likelihoods, from the folder `raw` or else from the model, which takes minutes.
+
+    `common` is what the setup of every arm has.
+    """
     nlls: dict[str, list[float]] = {}
     arms: list[Arm | Recompute] = [*plan.arms, plan.recompute]
     for arm in arms:
         path = raw / f"{arm.name}.json"
-        setup = {"model": Path(model).name, "dtype": DTYPE, "seed": SEED, **asdict(arm)}
+        setup = {**common, **asdict(arm)}
         record = results.stored(path, setup, fresh)
         if record is None:
             record = {"setup": setup, "nll": [round(nll, 4) for nll in arm.read(model, text)]}
@@ -185,28 +186,27 @@ def show(found: dict[str, Any]) -> None:
         console.print(f"The second half over a stream begun there: {least:.4f} to {most:.4f}.")
 
 
-@contextmanager
-def task(quick: bool, model: str | None) -> Iterator[tuple[str, Plan, list[int]]]:
-    """The model, what is done with it, and the text."""
-    if quick:
-        with tiny.llama() as folder:
-            yield folder, QUICK, tiny.tokens(QUICK.recompute.tokens)
-    else:
-        model = model or str(embedded.path())
-        yield model, PLAN, novel_tokens(model, PLAN.recompute.tokens)
-
-
 def main() -> None:
     parser = cli.parser(__doc__, resumable=True)
     parser.add_argument("--model", help="a checkpoint or its name (default: the embedded model)")
     options = parser.parse_args()
+    model = options.model or str(embedded.path())
+    if options.quick:
+        plan, text, title = QUICK, book_tokens(model), "Newton's Opticks"
+    else:
+        plan, text, title = PLAN, novel_tokens(model), "Jane Austen's novels"
     target = cli.folder(options)
-    with task(options.quick, options.model) as (model, plan, text):
-        nlls = measure(plan, model, text, target / "perplexity", options.fresh)
+    setup = {
+        "model": options.model or Path(model).name,
+        "text": title,
+        "dtype": DTYPE,
+        "seed": SEED,
+    }
+    nlls = measure(plan, setup, model, text, target / "perplexity", options.fresh)
     found = figures(plan, nlls)
     show(found)
-    setup = {"model": Path(model).name, "dtype": DTYPE, "seed": SEED, **asdict(plan)}
-    results.write(target / "perplexity.json", "benchmarks.perplexity", {"setup": setup, **found})
+    record = {"setup": {**setup, **asdict(plan)}, **found}
+    results.write(target / "perplexity.json", "benchmarks.perplexity", record)
 
 
 if __name__ == "__main__":

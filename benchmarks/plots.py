@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
-
-mpl.use("Agg")
 
 Record = dict[str, Any]
 
@@ -58,7 +55,7 @@ def throughput(figure: Figure, record: Record) -> None:
         rate.plot(clients, [point["output_tokens_s"] for point in points], "o-", label=name)
         wait.plot(clients, [point["inter_token_ms"]["p95"] for point in points], "o-", label=name)
     rate.set(xlabel="clients", ylabel="output tokens/s")
-    wait.set(xlabel="clients", ylabel="between tokens, p95, ms", yscale="log")
+    wait.set(xlabel="clients", ylabel="mean between tokens, p95 of streams, ms", yscale="log")
     for axes in (rate, wait):
         axes.set_xscale("log", base=2)
     rate.legend()

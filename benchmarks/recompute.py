@@ -85,8 +85,8 @@ def summary(
         "ours_ms": results.spread(ours, 2),
         "recompute_ms": results.spread(recompute, 2),
         "ratio": results.spread(ratios, 2),
-        "ours_floor_ms": round(ours_floor, 2),
-        "recompute_floor_ms": round(recompute_floor, 2),
+        "ours_floor_ms": round(ours_floor, 4),
+        "recompute_floor_ms": round(recompute_floor, 4),
         "ratio_of_floors": round(recompute_floor / ours_floor, 2),
     }
 
@@ -125,17 +125,15 @@ def main() -> None:
     dtype = cpu.fast_dtype()
     with task(options.quick) as (model, plan, text):
         setup = {"model": Path(model).name, "dtype": dtype, "sinks": SINKS, **asdict(plan)}
-        record = results.stored(path, setup, options.fresh) or {
-            "setup": setup,
-            "core": asdict(ceilings(dtype)),
-            "rows": [],
-        }
-        rows = record["rows"]
+        earlier = results.stored(path, setup, options.fresh) or {}
+        rows = earlier.get("rows", [])
+        core = Ceilings(**earlier["core"]) if rows else ceilings(dtype)
         forward = Forward(AutoConfig.from_pretrained(model), BYTES[dtype])
         left = [cache for cache in plan.caches if cache not in {row["cache"] for row in rows}]
         for turns in measure(left, plan, model, dtype, text):
-            rows.append(summary(*turns, forward, Ceilings(**record["core"])))
-            results.write(path, "benchmarks.recompute", record)
+            rows.append(summary(*turns, forward, core))
+            figures = {"setup": setup, "core": asdict(core), "rows": rows}
+            results.write(path, "benchmarks.recompute", figures)
     show(rows)
 
 

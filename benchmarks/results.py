@@ -30,11 +30,16 @@ def write(path: Path, module: str, figures: dict[str, Any], indent: int | None =
 
 
 def stored(path: Path, setup: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
-    """What `path` holds, where that was measured with this `setup`; nothing if asked for fresh."""
+    """What `path` holds, where that was measured with this `setup`, these versions and this CPU."""
     if fresh or not path.exists():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record if record["setup"] == json.loads(json.dumps(setup)) else None
+    same = (
+        record["setup"] == json.loads(json.dumps(setup))
+        and record["versions"] == versions()
+        and record["machine"]["cpu_flags"] == machine()["cpu_flags"]
+    )
+    return record if same else None
 
 
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:

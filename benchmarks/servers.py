@@ -181,9 +181,10 @@ def found(url: str, process: psutil.Process | None = None) -> Target:
     """
     try:
         models = httpx.get(f"{url}/v1/models").raise_for_status().json()
-    except httpx.HTTPError as error:
+        model = models["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
         raise BenchmarkError(f"No OpenAI-compatible server answers at {url}: {error}.") from error
-    return Target(url, models["data"][0]["id"], process)
+    return Target(url, model, process)
 
 
 def cause(log: str) -> str:

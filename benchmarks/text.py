@@ -7,17 +7,17 @@ from benchmarks import novels
 from launch.book import book
 
 
-def book_tokens(model: str | Path, count: int) -> list[int]:
-    """The first `count` tokens of Newton's "Opticks", which is installed with the engine."""
+def book_tokens(model: str | Path, count: int | None = None) -> list[int]:
+    """The first `count` tokens, or all, of Newton's "Opticks", which comes with the engine."""
     return _tokens(model, book(), count)
 
 
-def novel_tokens(model: str | Path, count: int) -> list[int]:
-    """The first `count` tokens of Jane Austen's novels."""
+def novel_tokens(model: str | Path, count: int | None = None) -> list[int]:
+    """The first `count` tokens, or all, of Jane Austen's novels."""
     return _tokens(model, novels.text(), count)
 
 
-def _tokens(model: str | Path, text: str, count: int) -> list[int]:
+def _tokens(model: str | Path, text: str, count: int | None) -> list[int]:
     """By the tokenizer of `model`; no special tokens."""
     from transformers import AutoTokenizer
 

@@ -31,9 +31,6 @@ from benchmarks.text import book_tokens
 from vllm_sink import cpu, embedded
 from vllm_sink.geometry import Geometry
 
-WHOLE_BOOK = 10**9
-"""More tokens than it has."""
-
 console = Console()
 
 
@@ -99,8 +96,10 @@ class Sweep:
 
     def next_clients(self) -> int | None:
         points = self.figures["points"]
-        clients = 2 * points[-1]["clients"] if points else 1
-        return clients if clients <= self.plan.clients else None
+        if not points:
+            return 1
+        last: int = points[-1]["clients"]
+        return min(2 * last, self.plan.clients) if last < self.plan.clients else None
 
     def run(self, tokens: list[int], save: Callable[[], None]) -> None:
         with console.status(f"{self.name}: starting") as status, self.server() as target:
@@ -116,7 +115,9 @@ class Sweep:
 
     def measure(self, target: servers.Target, tokens: list[int], clients: int) -> dict[str, Any]:
         workload = self.plan.workload
-        drawn = load.draw(tokens, clients, self.plan.clients, workload.stream_tokens)
+        earlier = sum(point["clients"] for point in self.figures["points"])
+        every = load.draw(tokens, self.plan.clients, workload.stream_tokens)
+        drawn = every[earlier : earlier + clients]
         requests = [workload.requests(passage, self.kept_tokens) for passage in drawn]
         seen = load.run(target.url, target.model, requests)
         if seen["errors"]:
@@ -128,7 +129,7 @@ class Sweep:
         prompt = tokens[: self.plan.long_prompt_tokens]
         sent = prompt[-self.kept_tokens :] if self.kept_tokens else prompt
         answer = target.ask(load.text(sent), 8)
-        message = "ok" if answer.is_success else answer.json()["error"]["message"]
+        message = "ok" if answer.is_success else answer.text
         return {"prompt_tokens": len(sent), "status": answer.status_code, "message": message}
 
 
@@ -210,12 +211,13 @@ def parse() -> tuple[Namespace, Plan]:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options, plan = parse()
-    for environment in {"load", *plan.arms} & {"load", "llamacpp"}:
-        venvs.python(environment)
+    venvs.python("load")
+    if "llamacpp" in plan.arms and not options.url:
+        venvs.python("llamacpp")
     setup = plan.setup() | ({"url": options.url} if options.url else {})
     path = cli.folder(options) / ("throughput-url.json" if options.url else "throughput.json")
     arms = (results.stored(path, setup, options.fresh) or {"arms": {}})["arms"]
-    tokens = book_tokens(embedded.path(), WHOLE_BOOK)
+    tokens = book_tokens(embedded.path())
 
     def save() -> None:
         results.write(path, "benchmarks.throughput", {"setup": setup, "arms": arms})

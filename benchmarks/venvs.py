@@ -6,10 +6,13 @@ builds them under ~/.cache/vllm_sink from `requirements/venvs/*.lock`.
 """
 
 import hashlib
-import shutil
+import os
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +22,7 @@ from vllm_sink import cache
 
 REQUIREMENTS = Path(__file__).parents[1] / "requirements"
 NAMES = sorted(path.stem for path in (REQUIREMENTS / "venvs").glob("*.in"))
-WITH_TORCH = "# with torch"
+WITH_TORCH = {"attention_sinks"}
 
 
 def python(name: str) -> Path:
@@ -45,25 +48,29 @@ def install(name: str) -> None:
     target = _folder(name)
     if target.exists():
         return
-    unfinished = target.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        unfinished = Path(scratch, target.name)
+        for command in _commands(name, unfinished):
+            if subprocess.run(command).returncode:
+                tool = command[2]
+                raise cli.BenchmarkError(f"The environment {name!r} was not built: {tool} failed.")
+        with suppress(OSError):  # another process was first
+            unfinished.rename(target)
+
+
+def _commands(name: str, target: Path) -> Iterator[list[str]]:
     uv = [sys.executable, "-m", "uv"]
-    into = ["--python", str(unfinished / "bin" / "python")]
+    python = str(target / "bin" / "python")
+    # Relocatable: it is renamed when it is complete.
+    yield [*uv, "venv", "-q", "--seed", "--relocatable", "-p", sys.executable, str(target)]
     locked = ["--no-deps", "--require-hashes", "--compile-bytecode", "-r", str(_lock(name))]
-    commands = [
-        # Relocatable: it is renamed when it is complete.
-        [*uv, "venv", "-q", "--seed", "--relocatable", "-p", sys.executable, str(unfinished)],
-        [*uv, "pip", "install", "-q", *into, *locked],
-    ]
-    if WITH_TORCH in _lock(name).with_suffix(".in").read_text(encoding="utf-8").splitlines():
+    yield [*uv, "pip", "install", "-q", "--python", python, *locked]
+    if name in WITH_TORCH:
+        index = os.environ.get("TORCH_INDEX")
         torch = ["--no-deps", "-r", str(REQUIREMENTS / "torch.lock")]
-        commands.append([into[1], "-m", "pip", "install", "-q", *torch])
-    for command in commands:
-        if subprocess.run(command).returncode:
-            raise cli.BenchmarkError(
-                f"The environment {name!r} was not built: {command[2]} failed."
-            )
-    unfinished.rename(target)
+        also = ["--extra-index-url", index] if index else []
+        yield [python, "-m", "pip", "install", "-q", *torch, *also]
 
 
 def _lock(name: str) -> Path:

@@ -47,12 +47,14 @@ class Server:
 
     def stop(self) -> None:
         """Ask the whole group to end, then kill what is left of it. Not interruptible."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE_SECONDS)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

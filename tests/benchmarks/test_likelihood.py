@@ -21,7 +21,8 @@ def test_ratio_is_of_perplexities_on_the_same_tokens() -> None:
     assert found["standard_error"] == pytest.approx(2 * math.log(2), abs=1e-4)
 
 
-def test_a_late_text_is_compared_thousand_by_thousand_with_its_own_stream() -> None:
-    far = [math.log(9)] * 1999 + [math.log(7)] * 1000 + [math.log(6)] * 1000
-    fresh = [math.log(8)] * 999 + [math.log(3)] * 1000
-    assert far_over_fresh(far, fresh) == pytest.approx([2])
+def test_a_late_text_is_compared_token_by_token_with_its_own_stream() -> None:
+    """The fresh stream begins at token 1,500 of 4,000, in the middle of a thousand."""
+    far = [math.log(9)] * 2499 + [math.log(7)] * 1000 + [math.log(6)] * 500
+    fresh = [math.log(8)] * 999 + [math.log(3)] * 1000 + [math.log(2)] * 500
+    assert far_over_fresh(far, fresh) == pytest.approx([7 / 3, 3])

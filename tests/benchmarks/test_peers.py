@@ -39,8 +39,6 @@ def test_a_peer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_quick_agrees_with_the_oracle_at_every_token(
     quick: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    for name in ("attention_sinks", "cyllama"):
-        venvs.install(name)
     arms = quick("peers")["arms"]
     ours = arms[peers.OURS]["difference"]
     assert max(ours["before_eviction"], ours["past_eviction"]) <= 1e-3

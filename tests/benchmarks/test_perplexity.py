@@ -29,9 +29,9 @@ def test_quick_resumes(quick: Callable[[str], Any], tmp_path: Path) -> None:
         return {file: file.stat().st_mtime_ns for file in (tmp_path / "perplexity").iterdir()}
 
     written = quick("perplexity")
-    # A random model is worse than a guess among its 128 tokens, but not by much.
-    assert all(100 < arm["perplexity"] < 200 for arm in written["arms"].values())
-    assert 0.5 < written["recompute"]["sink_over_recompute"]["ratio"] < 2
+    arms = {name: arm["perplexity"] for name, arm in written["arms"].items()}
+    assert arms["window"] > 1.2 * arms["sink-4"]
+    assert written["recompute"]["sink_over_recompute"]["ratio"] == pytest.approx(1, abs=0.25)
     before = read_at()
     assert len(before) == len(written["arms"]) + 1
     assert quick("perplexity")["arms"] == written["arms"]

@@ -2,6 +2,9 @@ import json
 import socket
 from pathlib import Path
 
+import pytest
+
+from benchmarks import results
 from benchmarks.results import spread, stored, write
 
 
@@ -20,7 +23,9 @@ def test_written_with_its_circumstances_but_no_host(tmp_path: Path) -> None:
     assert socket.gethostname() not in text
 
 
-def test_what_is_stored_counts_for_the_same_setup_alone(tmp_path: Path) -> None:
+def test_what_is_stored_counts_for_the_same_setup_and_versions_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.json"
     setup = {"sizes": (1, 2)}
     assert stored(path, setup, fresh=False) is None
@@ -30,3 +35,5 @@ def test_what_is_stored_counts_for_the_same_setup_alone(tmp_path: Path) -> None:
     assert record["figure"] == 1
     assert stored(path, setup, fresh=True) is None
     assert stored(path, {"sizes": (1, 3)}, fresh=False) is None
+    monkeypatch.setattr(results, "versions", lambda: {"vllm": "1"})
+    assert stored(path, setup, fresh=False) is None

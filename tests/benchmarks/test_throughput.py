@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,6 @@ def test_a_server_that_is_not_there_is_told(
 
 @pytest.mark.slow
 def test_quick_resumes(quick: Callable[[str], Any]) -> None:
-    for name in ("load", "llamacpp"):
-        venvs.install(name)
     arms = quick("throughput")["arms"]
     assert tuple(arms) == QUICK.arms
     for arm in arms.values():
@@ -70,12 +69,19 @@ def started(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A run whose second point is being measured, and all processes that it has by then."""
     command = [*MODULE, "--arms", "llamacpp", "--output-tokens", "200", "--results", folder]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (folder / "throughput.json").exists():
+    while not ((folder / "throughput.json").exists() and any("aiperf" in c for c in words(run))):
         assert run.poll() is None
         time.sleep(0.1)
-    while not any("aiperf" in child.name() for child in children(run)):
-        time.sleep(0.1)
     return run, children(run)
+
+
+def words(run: subprocess.Popen[str]) -> list[str]:
+    """Of its children's command lines, but for those that end meanwhile."""
+    found: list[str] = []
+    for child in children(run):
+        with suppress(psutil.NoSuchProcess):
+            found += child.cmdline()
+    return found
 
 
 def children(run: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -91,8 +97,6 @@ def kept_and_ended(folder: Path, processes: list[psutil.Process]) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_dies_costs_only_what_it_was_doing(tmp_path: Path) -> None:
-    for name in ("load", "llamacpp"):
-        venvs.install(name)
     run, processes = started(tmp_path)
     (server,) = (p for p in processes if any("llamacpp_server" in word for word in p.cmdline()))
     server.kill()
@@ -109,8 +113,6 @@ def test_a_server_that_dies_costs_only_what_it_was_doing(tmp_path: Path) -> None
 def test_an_interruption_leaves_points_and_no_process(
     interruption: signal.Signals, tmp_path: Path
 ) -> None:
-    for name in ("load", "llamacpp"):
-        venvs.install(name)
     run, processes = started(tmp_path)
     run.send_signal(interruption)
     _, told = run.communicate()

@@ -18,6 +18,7 @@ def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         venvs.python("llamacpp")
 
 
+@pytest.mark.slow
 def test_installed_once_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     venvs.install("llamacpp")
@@ -39,5 +40,4 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(cli.BenchmarkError, match=r"'broken' was not built: uv failed"):
         venvs.install("broken")
-    with pytest.raises(cli.BenchmarkError, match="missing"):
-        venvs.python("broken")
+    assert not list((tmp_path / "vllm_sink" / "venvs").iterdir())
