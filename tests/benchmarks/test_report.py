@@ -23,8 +23,8 @@ def test_one_page_of_what_there_is(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     page = (tmp_path / "README.md").read_text("utf-8")
     assert "run `python -m benchmarks.speed`" in page
-    perplexity = json.loads((tmp_path / "perplexity.json").read_text("utf-8"))
-    assert f"{perplexity['arms']['sink-4']['perplexity']:.2f}" in page
+    peers = json.loads((tmp_path / "peers.json").read_text("utf-8"))
+    assert f"| vllm_sink | {peers['arms']['vllm_sink']['perplexity']:.3f} |" in page
     pictures = [name for name in plots.DRAW if (tmp_path / f"{name}.json").exists()]
     assert pictures
     for picture in pictures:
