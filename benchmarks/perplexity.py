@@ -7,7 +7,6 @@ An arm is written as soon as it is read, and not read again unless --fresh or it
 
 import random
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import cli, results
 from benchmarks.engine import Engine, Worker
-from benchmarks.likelihood import THOUSAND, by_thousand, far_over_fresh, perplexity, ratio
+from benchmarks.likelihood import by_thousand, far_over_fresh, perplexity, ratio
 from benchmarks.text import book_tokens, novel_tokens
 from vllm_sink import embedded
 
@@ -162,16 +161,12 @@ def figures(plan: Plan, nlls: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
-    arms = found["arms"]
-    table = Table("from token", *(name.replace("-", "\n") for name in arms))
-    columns = [arm["by_thousand"] for arm in arms.values()]
-    for i, row in enumerate(zip_longest(*columns)):
-        table.add_row(
-            f"{i * THOUSAND:,}", *("" if value is None else f"{value:.2f}" for value in row)
-        )
-    table.add_section()
-    table.add_row("all", *(f"{arm['perplexity']:.2f}" for arm in arms.values()))
+def show(plan: Plan, found: dict[str, Any]) -> None:
+    table = Table("arm", "tokens", "perplexity", "first thousand", "last")
+    for arm in plan.arms:
+        seen = found["arms"][arm.name]
+        values = (seen["perplexity"], seen["by_thousand"][0], seen["by_thousand"][-1])
+        table.add_row(arm.name, f"{arm.tokens:,}", *(f"{value:.2f}" for value in values))
     console.print(table)
     recompute = found["recompute"]
     console.print(
@@ -204,7 +199,7 @@ def main() -> None:
     }
     nlls = measure(plan, setup, model, text, target / "perplexity", options.fresh)
     found = figures(plan, nlls)
-    show(found)
+    show(plan, found)
     record = {"setup": {**setup, **asdict(plan)}, **found}
     results.write(target / "perplexity.json", "benchmarks.perplexity", record)
 
