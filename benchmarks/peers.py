@@ -12,6 +12,7 @@ import os
 import subprocess
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import cli, results, venvs
-from benchmarks.engine import ENVIRONMENT, Engine, Worker
+from benchmarks.engine import ENVIRONMENT, Engine
 from benchmarks.likelihood import perplexity, ratio
+from benchmarks.reading import CHUNK, DTYPE, reader
 from benchmarks.text import book_tokens, novel_tokens
 from vllm_sink import embedded
 
-DTYPE = "float32"
-CHUNK = 512
-"""Tokens of a step of vLLM: their log-probabilities over the vocabulary are held at once."""
 ORACLE = "attention-sinks"
 OURS = "vllm_sink"
 TEXTS = {"novels": novel_tokens, "opticks": book_tokens}
@@ -54,15 +53,7 @@ class Ours(Arm):
     sink: dict[str, Any] | None
 
     def read(self, tokens: list[int]) -> list[float]:
-        additional = {} if self.sink is None else {"sink": self.sink}
-        with Worker(
-            embedded.path(),
-            dtype=DTYPE,
-            max_model_len=len(tokens) + 1,
-            max_num_seqs=1,
-            max_num_batched_tokens=CHUNK,
-            additional_config=additional,
-        ) as worker:
+        with reader(embedded.path(), len(tokens), self.sink) as worker:
             return worker.run(Engine.nll, tokens, CHUNK, self.name)
 
     def setup(self) -> dict[str, Any]:
@@ -160,12 +151,13 @@ def measure(plan: Plan, tokens: list[int], raw: Path, fresh: bool) -> dict[str, 
     nlls: dict[str, list[float]] = {}
     for arm, setup in setups:
         path = raw / f"{arm.name}.json"
-        record = results.stored(path, setup, fresh)
-        if record is None:
-            record = {"setup": setup, "nll": [round(nll, 6) for nll in arm.read(tokens)]}
-            results.write(path, "benchmarks.peers", record, indent=None)
-        nlls[arm.name] = record["nll"]
+        read = partial(_read, arm, tokens)
+        nlls[arm.name] = results.kept(path, "benchmarks.peers", setup, fresh, read)["nll"]
     return nlls
+
+
+def _read(arm: Arm, tokens: list[int]) -> dict[str, Any]:
+    return {"nll": [round(nll, 6) for nll in arm.read(tokens)]}
 
 
 def difference(nll: list[float], oracle: list[float], past: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ An arm is written as soon as it is read, and not read again unless --fresh or it
 
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cli, results
-from benchmarks.engine import Engine, Worker
+from benchmarks.engine import Engine
 from benchmarks.likelihood import by_thousand, far_over_fresh, perplexity, ratio
+from benchmarks.reading import CHUNK, DTYPE, reader
 from benchmarks.text import book_tokens, novel_tokens
 from vllm_sink import embedded
 
-DTYPE = "float32"
-CHUNK = 512
-"""Tokens of a step: their log-probabilities over the vocabulary are held at once."""
 SEED = 0
 
 console = Console()
@@ -40,8 +39,7 @@ class Arm:
 
     def read(self, model: str, text: list[int]) -> list[float]:
         """Negative log-likelihood of each token but the first, in nats."""
-        arguments = {} if self.sink is None else {"additional_config": {"sink": self.sink}}
-        with _worker(model, self.tokens + 1, **arguments) as worker:
+        with reader(model, self.tokens, self.sink) as worker:
             passage = text[self.start : self.start + self.tokens]
             return worker.run(Engine.nll, passage, CHUNK, self.name)
 
@@ -62,7 +60,7 @@ class Recompute:
 
     def read(self, model: str, text: list[int]) -> list[float]:
         windows = [text[position - self.cache : position + 1] for position in self.positions]
-        with _worker(model, self.cache + 1) as worker:
+        with reader(model, self.cache) as worker:
             return worker.run(Engine.last_nll, windows, self.name)
 
 
@@ -110,17 +108,6 @@ QUICK = Plan(
 )
 
 
-def _worker(model: str, max_model_len: int, **arguments: Any) -> Worker:
-    return Worker(
-        model,
-        dtype=DTYPE,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-        max_num_batched_tokens=CHUNK,
-        **arguments,
-    )
-
-
 def measure(
     plan: Plan, common: dict[str, Any], model: str, text: list[int], raw: Path, fresh: bool
 ) -> dict[str, list[float]]:
@@ -133,12 +120,13 @@ def measure(
     for arm in arms:
         path = raw / f"{arm.name}.json"
         setup = {**common, **asdict(arm)}
-        record = results.stored(path, setup, fresh)
-        if record is None:
-            record = {"setup": setup, "nll": [round(nll, 4) for nll in arm.read(model, text)]}
-            results.write(path, "benchmarks.perplexity", record, indent=None)
-        nlls[arm.name] = record["nll"]
+        read = partial(_read, arm, model, text)
+        nlls[arm.name] = results.kept(path, "benchmarks.perplexity", setup, fresh, read)["nll"]
     return nlls
+
+
+def _read(arm: Arm | Recompute, model: str, text: list[int]) -> dict[str, Any]:
+    return {"nll": [round(nll, 4) for nll in arm.read(model, text)]}
 
 
 def figures(plan: Plan, nlls: dict[str, list[float]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -40,6 +41,21 @@ def stored(path: Path, setup: dict[str, Any], fresh: bool) -> dict[str, Any] | N
         and record["machine"]["cpu_flags"] == machine()["cpu_flags"]
     )
     return record if same else None
+
+
+def kept(
+    path: Path,
+    module: str,
+    setup: dict[str, Any],
+    fresh: bool,
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """What is stored in `path`, or else is measured now and written there."""
+    record = stored(path, setup, fresh)
+    if record is None:
+        record = {"setup": setup, **measure()}
+        write(path, module, record, indent=None)
+    return record
 
 
 def spread(values: list[float], digits: int = 4) -> dict[str, float]:

@@ -11,6 +11,7 @@ An arm is written as soon as it is read, and not read again unless --fresh or it
 import math
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -145,7 +146,7 @@ def next_tokens(engine: Engine, prompts: list[list[int]]) -> list[int]:
     return [output.outputs[0].token_ids[0] for output in outputs]
 
 
-def read(plan: Plan, arm: str, model: Path) -> list[int]:
+def read(plan: Plan, arm: str, model: Path) -> dict[str, list[int]]:
     """Right answers at each distance."""
     right = [0] * len(plan.distances)
     with Worker(
@@ -162,7 +163,7 @@ def read(plan: Plan, arm: str, model: Path) -> list[int]:
                 right[i] += sum(
                     token == fact.answer for token, fact in zip(given, stream.facts, strict=True)
                 )
-    return right
+    return {"right": right}
 
 
 def measure(plan: Plan, model: Path, raw: Path, fresh: bool) -> dict[str, list[int]]:
@@ -171,11 +172,8 @@ def measure(plan: Plan, model: Path, raw: Path, fresh: bool) -> dict[str, list[i
     for arm in plan.arms:
         path = raw / f"{arm}.json"
         setup = {"arm": arm, "model": model.name, "engine": ENGINE, **asdict(plan)}
-        record = results.stored(path, setup, fresh)
-        if record is None:
-            record = {"setup": setup, "right": read(plan, arm, model)}
-            results.write(path, "benchmarks.streameval", record)
-        right[arm] = record["right"]
+        answers = partial(read, plan, arm, model)
+        right[arm] = results.kept(path, "benchmarks.streameval", setup, fresh, answers)["right"]
     return right
 
 
