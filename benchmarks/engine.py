@@ -161,8 +161,6 @@ class Worker:
 
     def __init__(self, model: str | Path, *, pinned: bool = False, **arguments: Any) -> None:
         """`pinned` to the core that all such workers share; `arguments` are those of vllm.LLM."""
-        # Inherited, as OMP_NUM_THREADS is read once, by whichever module first imports torch.
-        os.environ.update(ENVIRONMENT)
         start = (model, arguments, pinned)
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), _start, start)
 
@@ -208,6 +206,8 @@ _engine: Engine
 def _start(model: str | Path, arguments: dict[str, Any], pinned: bool) -> None:
     global _engine
     end_with_parent()
+    # In time: no benchmark imports torch with itself, which reads OMP_NUM_THREADS only then.
+    os.environ.update(ENVIRONMENT)
     if pinned:
         pin()
     _engine = Engine(model, arguments)

@@ -33,6 +33,8 @@ SETTINGS = {
     "server-metrics-formats": "json",
     "ui": "none",
 }
+SAMPLE_SECONDS = 2
+"""Of a server's metrics: while it writes them it streams nothing."""
 SWITCHES = ("--streaming", "--use-server-token-count", "--no-gpu-telemetry")
 
 
@@ -133,9 +135,10 @@ def run(url: str, model: str, clients: list[list[Request]]) -> dict[str, Any]:
         paths = {"input-file": inputs, "artifact-dir": folder}
         flags = [f"--{name}={value}" for name, value in {**settings, **paths}.items()]
         # Told to be offline, it takes a tokenizer from the hub's cache alone.
-        offline = ["-u", "HF_HUB_OFFLINE", "-u", "TRANSFORMERS_OFFLINE"]
+        variables = ["-u", "HF_HUB_OFFLINE", "-u", "TRANSFORMERS_OFFLINE"]
+        variables.append(f"AIPERF_SERVER_METRICS_COLLECTION_INTERVAL={SAMPLE_SECONDS}")
         command = [str(venvs.python("load")), "-m", "aiperf", "profile", *flags, *SWITCHES]
-        with serving(["env", *offline, *command], port=0) as generator:
+        with serving(["env", *variables, *command], port=0) as generator:
             generator.process.wait()
             if not (folder / "profile_export.jsonl").exists():
                 log = generator.log.read_text(encoding="utf-8", errors="replace")
