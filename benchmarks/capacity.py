@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def bound(self) -> int:
-        """Streams whose most blocks the pool has."""
+        """Streams that fit the pool when each holds its most blocks."""
         geometry = Geometry(self.sink_tokens, self.window_tokens)
         return self.pool_blocks // geometry.max_blocks(BLOCK)
 

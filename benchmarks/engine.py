@@ -112,7 +112,7 @@ class Engine:
         """-log p of the last token of each passage, in nats."""
         nll = []
         for *prompt, target in track(passages, title):
-            # Not among the prompt's: those take the scores of every token over the vocabulary.
+            # With prompt_logprobs, vLLM would score every token of the prompt.
             self._add(prompt, max_tokens=1, logprobs=1, logprob_token_ids=[target])
             outputs: list[Any] = []
             while not outputs:

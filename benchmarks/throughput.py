@@ -64,8 +64,9 @@ class Plan:
 PLAN = Plan(
     arms=tuple(servers.ARMS),
     clients=16,
-    geometry=Geometry(sinks=4, window=508),
-    workload=load.Workload(prompt_tokens=384, output_tokens=320, resent_every=64),
+    # Streams of three times S + W: the contexts of 16 dense ones outgrow the pool.
+    geometry=Geometry(sinks=4, window=252),
+    workload=load.Workload(prompt_tokens=128, output_tokens=640, resent_every=64),
     long_prompt_tokens=9_000,
 )
 QUICK = Plan(
