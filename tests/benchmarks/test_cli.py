@@ -48,7 +48,7 @@ def test_other_errors_keep_their_trace() -> None:
         run(main)
 
 
-def test_interrupted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted() -> None:
     def main() -> None:
         raise KeyboardInterrupt
 
