@@ -34,6 +34,11 @@ constexpr int64_t kTileRows = 6;
 constexpr int64_t kTileVecs = kLanes == 16 ? 4 : 2;
 // Rows (tokens x heads) of a work item: enough to reuse a block of keys, few enough for L1.
 constexpr int64_t kItemRows = 48;
+// Rows of keys or values that are on their way from memory while one is used: a block's rows are too
+// short, and those of keys too far apart, for the CPU to see them coming.
+constexpr int64_t kRowsAhead = 8;
+template <typename scalar_t>
+constexpr int64_t kLine = 64 / sizeof(scalar_t);
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 template <typename scalar_t>
@@ -57,6 +62,9 @@ inline void multiply_tile(
     for (int64_t v = 0; v < vecs; ++v) sum[r][v] = Vec::loadu(c + r * c_stride + v * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[vecs];
+    if constexpr (rows < kTileRows)
+      for (int64_t n = 0; n < vecs * kLanes; n += kLine<scalar_t>)
+        __builtin_prefetch(b + (k + kRowsAhead) * b_stride + n);
     for (int64_t v = 0; v < vecs; ++v) row[v] = widen(b + k * b_stride + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       const Vec x(a[r * a_stride + k]);
@@ -91,10 +99,15 @@ void multiply(
     const float* a, int64_t a_stride, const scalar_t* b, int64_t b_stride,
     float* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t depth) {
   int64_t n = 0;
-  for (; n + kTileVecs * kLanes <= columns; n += kTileVecs * kLanes)
-    multiply_rows<scalar_t, kTileVecs>(a, a_stride, b + n, b_stride, c + n, c_stride, rows, depth);
-  for (; n < columns; n += kLanes)
-    multiply_rows<scalar_t, 1>(a, a_stride, b + n, b_stride, c + n, c_stride, rows, depth);
+  const auto tiles_of = [&]<int64_t vecs>() {
+    for (; n + vecs * kLanes <= columns; n += vecs * kLanes)
+      multiply_rows<scalar_t, vecs>(a, a_stride, b + n, b_stride, c + n, c_stride, rows, depth);
+  };
+  // Half the rows leave accumulators for twice the columns, unless b is widened on the way.
+  if (std::is_same_v<scalar_t, float> && 2 * rows <= kTileRows)
+    tiles_of.template operator()<2 * kTileVecs>();
+  tiles_of.template operator()<kTileVecs>();
+  tiles_of.template operator()<1>();
 }
 
 struct Shape {
