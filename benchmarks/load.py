@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from benchmarks import venvs
 from benchmarks.cli import BenchmarkError
 from benchmarks.servers import cause
 from benchmarks.text import passages
-from launch.server import serving
+from launch import group
 from vllm_sink import embedded
 
 SEED = 0
@@ -99,14 +100,15 @@ def text(tokens: list[int]) -> str:
     return decoded
 
 
-def draw(tokens: list[int], most_clients: int, length: int) -> list[list[int]]:
-    """Passages in random order, one for each client of 1, 2, 4, ... and then `most_clients`.
+def draw(tokens: list[int], turns: list[int], length: int) -> list[list[list[int]]]:
+    """Passages in random order for so many clients in each turn.
 
     So no prefix of one measurement is in the cache of the next.
     """
-    every = passages(tokens, 3 * most_clients, length)
+    every = passages(tokens, sum(turns), length)
     random.Random(SEED).shuffle(every)
-    return every
+    rest = iter(every)
+    return [list(islice(rest, clients)) for clients in turns]
 
 
 def run(url: str, model: str, clients: list[list[Request]]) -> dict[str, Any]:
@@ -138,8 +140,8 @@ def run(url: str, model: str, clients: list[list[Request]]) -> dict[str, Any]:
         variables = ["-u", "HF_HUB_OFFLINE", "-u", "TRANSFORMERS_OFFLINE"]
         variables.append(f"AIPERF_SERVER_METRICS_COLLECTION_INTERVAL={SAMPLE_SECONDS}")
         command = [str(venvs.python("load")), "-m", "aiperf", "profile", *flags, *SWITCHES]
-        with serving(["env", *variables, *command], port=0) as generator:
-            generator.process.wait()
+        with group.running(["env", *variables, *command]) as generator:
+            generator.leader.wait()
             if not (folder / "profile_export.jsonl").exists():
                 log = generator.log.read_text(encoding="utf-8", errors="replace")
                 raise BenchmarkError(f"aiperf sent nothing: {cause(log)}")

@@ -206,6 +206,6 @@ def running(name: str, shape: Shape) -> Iterator[Target]:
         try:
             asyncio.run(server.ready())
         except ServerLostError as error:
-            log = server.log.read_text(encoding="utf-8", errors="replace")
+            log = server.group.log.read_text(encoding="utf-8", errors="replace")
             raise BenchmarkError(f"The server did not start: {cause(log)}") from error
-        yield found(server.url, psutil.Process(server.process.pid))
+        yield found(server.url, psutil.Process(server.group.leader.pid))

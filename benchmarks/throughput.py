@@ -1,6 +1,6 @@
 """How many tokens a second many long streams get from one server, and how long each waits.
 
-For 1, 2, 4, ... clients at once, in each of these arms:
+For 1, 2, 4, ... clients at once, these arms take turns:
 
     sink       this project: S sinks and a window of W
     window     this project: a window of S + W alone
@@ -9,21 +9,22 @@ For 1, 2, 4, ... clients at once, in each of these arms:
                time to first token is what the stream waits each time
     llamacpp   llama.cpp's server with context shift, on the 4-bit weights that the others widen
 
-All vLLM servers have the same KV pool. Each server is asked once for more than the model's trained
-context. A point is written as soon as it is measured, and not measured again unless --fresh or the
-setup changed.
+All servers are up all the time, and one at a time has clients; those of vLLM have the same KV pool.
+At most clients the turns are repeated, and the arms compared round by round. Each server is asked
+once for more than the model's trained context. A point is written as soon as it is measured, and
+not measured again unless --fresh or the setup changed.
 """
 
 import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from benchmarks import cli, load, results, servers, venvs
@@ -39,10 +40,17 @@ class Plan:
     arms: tuple[str, ...]
     clients: int
     """At once, at most."""
+    rounds: int
+    """With most clients."""
     geometry: Geometry
     workload: load.Workload
     long_prompt_tokens: int | None
     """More than the trained context; None is not to ask."""
+
+    def turns(self) -> list[int]:
+        """Clients at once."""
+        fewer = [2**power for power in range((self.clients - 1).bit_length())]
+        return fewer + [self.clients] * self.rounds
 
     def shape(self) -> servers.Shape:
         return servers.Shape(embedded.path(), cpu.fast_dtype(), self.clients, self.geometry)
@@ -53,6 +61,7 @@ class Plan:
         return {
             **asdict(shape),
             "model": shape.model.name,
+            "rounds": self.rounds,
             "pool_blocks": shape.pool_blocks,
             "block_tokens": servers.BLOCK,
             "workload": asdict(self.workload),
@@ -64,6 +73,7 @@ class Plan:
 PLAN = Plan(
     arms=tuple(servers.ARMS),
     clients=16,
+    rounds=3,
     # Streams of three times S + W: the contexts of 16 dense ones outgrow the pool.
     geometry=Geometry(sinks=4, window=252),
     workload=load.Workload(prompt_tokens=128, output_tokens=640, resent_every=64),
@@ -72,6 +82,7 @@ PLAN = Plan(
 QUICK = Plan(
     arms=("sink", "recompute", "llamacpp"),
     clients=2,
+    rounds=2,
     geometry=Geometry(sinks=4, window=60),
     workload=load.Workload(prompt_tokens=32, output_tokens=96, resent_every=32),
     long_prompt_tokens=None,
@@ -83,55 +94,79 @@ class Sweep:
     """One arm, from where an earlier run left it."""
 
     name: str
-    server: Callable[[], AbstractContextManager[servers.Target]]
+    target: servers.Target
     kept_tokens: int | None
     """Where a client truncates its context."""
-    plan: Plan
     figures: dict[str, Any]
     """As written."""
 
-    @property
-    def complete(self) -> bool:
-        asked = self.plan.long_prompt_tokens is None or "past_trained_context" in self.figures
-        return asked and not self.next_clients()
-
-    def next_clients(self) -> int | None:
-        points = self.figures["points"]
-        if not points:
-            return 1
-        last: int = points[-1]["clients"]
-        return min(2 * last, self.plan.clients) if last < self.plan.clients else None
-
-    def run(self, tokens: list[int], save: Callable[[], None]) -> None:
-        with console.status(f"{self.name}: starting") as status, self.server() as target:
-            target.check()
-            while clients := self.next_clients():
-                status.update(f"{self.name}: clients {clients}")
-                self.figures["points"].append(self.measure(target, tokens, clients))
-                save()
-            if not self.complete:
-                status.update(f"{self.name}: past the trained context")
-                self.figures["past_trained_context"] = self.ask_for_more(target, tokens)
-                save()
-
-    def measure(self, target: servers.Target, tokens: list[int], clients: int) -> dict[str, Any]:
-        workload = self.plan.workload
-        earlier = sum(point["clients"] for point in self.figures["points"])
-        every = load.draw(tokens, self.plan.clients, workload.stream_tokens)
-        drawn = every[earlier : earlier + clients]
-        requests = [workload.requests(passage, self.kept_tokens) for passage in drawn]
-        seen = load.run(target.url, target.model, requests)
+    def measure(self, workload: load.Workload, passages: list[list[int]]) -> None:
+        """With a client a passage."""
+        requests = [workload.requests(passage, self.kept_tokens) for passage in passages]
+        seen = load.run(self.target.url, self.target.model, requests)
         if seen["errors"]:
-            target.check()
+            self.target.check()
+        clients = len(passages)
         console.print(f"{self.name}, clients {clients}: {seen['output_tokens_s']} tokens/s")
-        return {"clients": clients, **seen, "memory_mib": target.memory_mib()}
+        point = {"clients": clients, **seen, "memory_mib": self.target.memory_mib()}
+        self.figures["points"].append(point)
 
-    def ask_for_more(self, target: servers.Target, tokens: list[int]) -> dict[str, Any]:
-        prompt = tokens[: self.plan.long_prompt_tokens]
+    def ask_for_more(self, prompt: list[int]) -> None:
+        """Than the trained context."""
         sent = prompt[-self.kept_tokens :] if self.kept_tokens else prompt
-        answer = target.ask(load.text(sent), 8)
+        answer = self.target.ask(load.text(sent), 8)
         message = "ok" if answer.is_success else answer.text
-        return {"prompt_tokens": len(sent), "status": answer.status_code, "message": message}
+        told = {"prompt_tokens": len(sent), "status": answer.status_code, "message": message}
+        self.figures["past_trained_context"] = told
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Errors begin with the arm's name."""
+    try:
+        yield
+    except cli.BenchmarkError as error:
+        raise cli.BenchmarkError(f"{name}: {error}") from error
+
+
+def run(
+    sweeps: list[Sweep], plan: Plan, tokens: list[int], save: Callable[[], None], status: Status
+) -> None:
+    """Measure, arm by arm, what is missing of each turn."""
+    drawn = load.draw(tokens, plan.turns(), plan.workload.stream_tokens)
+    for turn, passages in enumerate(drawn):
+        for sweep in sweeps:
+            if len(sweep.figures["points"]) <= turn:
+                status.update(f"{sweep.name}: clients {len(passages)}")
+                with blamed(sweep.name):
+                    sweep.measure(plan.workload, passages)
+                save()
+    for sweep in sweeps:
+        if plan.long_prompt_tokens and "past_trained_context" not in sweep.figures:
+            status.update(f"{sweep.name}: past the trained context")
+            with blamed(sweep.name):
+                sweep.ask_for_more(tokens[: plan.long_prompt_tokens])
+            save()
+
+
+def complete(figures: dict[str, Any], plan: Plan) -> bool:
+    asked = plan.long_prompt_tokens is None or "past_trained_context" in figures
+    return asked and len(figures["points"]) == len(plan.turns())
+
+
+def sink_over(arms: dict[str, dict[str, Any]], plan: Plan) -> dict[str, dict[str, float]]:
+    """Tokens a second of `sink` over each other arm's in the rounds with most clients."""
+    rates = {
+        name: [point["output_tokens_s"] for point in arm["points"][-plan.rounds :]]
+        for name, arm in arms.items()
+        if complete(arm, plan)
+    }
+    ours = rates.pop("sink", [])
+    return {
+        name: results.spread([a / b for a, b in zip(ours, theirs, strict=True)])
+        for name, theirs in rates.items()
+        if all(ours) and all(theirs) and ours
+    }
 
 
 def show(arms: dict[str, dict[str, Any]]) -> None:
@@ -165,17 +200,25 @@ def number(value: float | None, form: str = ",.0f") -> str:
     return "" if value is None else format(value, form)
 
 
-def sweeps(url: str | None, plan: Plan, arms: dict[str, dict[str, Any]]) -> Iterator[Sweep]:
-    """Of the server at `url` alone, or of all arms of the plan, which take turns."""
+def serve(
+    url: str | None, plan: Plan, arms: dict[str, dict[str, Any]], stack: ExitStack, status: Status
+) -> list[Sweep]:
+    """A sweep of each arm that is not complete, or of the server at `url` alone."""
     if url:
-        figures = arms.setdefault("url", {"points": []})
-        yield Sweep("url", lambda: nullcontext(servers.found(url)), None, plan, figures)
-        return
+        with blamed("url"):
+            return [Sweep("url", servers.found(url), None, arms.setdefault("url", {"points": []}))]
     shape = plan.shape()
+    sweeps = []
     for name in plan.arms:
         figures = arms.setdefault(name, {"points": []})
-        kept = shape.cache_tokens if servers.ARMS[name].truncates else None
-        yield Sweep(name, partial(servers.running, name, shape), kept, plan, figures)
+        if not complete(figures, plan):
+            status.update(f"{name}: starting")
+            with blamed(name):
+                target = stack.enter_context(servers.running(name, shape))
+                target.check()
+            kept = shape.cache_tokens if servers.ARMS[name].truncates else None
+            sweeps.append(Sweep(name, target, kept, figures))
+    return sweeps
 
 
 def parse() -> tuple[Namespace, Plan]:
@@ -221,18 +264,18 @@ def main() -> None:
     tokens = book_tokens(embedded.path())
 
     def save() -> None:
-        results.write(path, "benchmarks.throughput", {"setup": setup, "arms": arms})
+        figures = {"setup": setup, "arms": arms, "sink_over": sink_over(arms, plan)}
+        results.write(path, "benchmarks.throughput", figures)
 
-    for sweep in sweeps(options.url, plan, arms):
-        if sweep.complete:
-            console.print(f"{sweep.name}: already in {path}")
-        else:
-            try:
-                sweep.run(tokens, save)
-            except cli.BenchmarkError as error:
-                kept = f" What was measured before is in {path}." if path.exists() else ""
-                raise cli.BenchmarkError(f"{sweep.name}: {error}{kept}") from error
+    try:
+        with console.status("") as status, ExitStack() as stack:
+            run(serve(options.url, plan, arms, stack, status), plan, tokens, save, status)
+    except cli.BenchmarkError as error:
+        kept = f" What was measured before is in {path}." if path.exists() else ""
+        raise cli.BenchmarkError(f"{error}{kept}") from error
     show(arms)
+    for name, ratio in sink_over(arms, plan).items():
+        console.print(f"sink over {name}, clients {plan.clients}: {ratio}")
 
 
 if __name__ == "__main__":

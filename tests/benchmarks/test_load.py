@@ -22,11 +22,11 @@ def test_a_client_that_truncates_sends_what_it_kept_until_its_stream_is_as_long(
 
 
 def test_no_two_clients_read_the_same_passage_whatever_their_number() -> None:
-    drawn = draw([*range(130)], most_clients=4, length=10)
-    assert len(drawn) >= 1 + 2 + 4
-    tokens = [token for passage in drawn for token in passage]
+    drawn = draw([*range(130)], turns=[1, 2, 4, 4], length=10)
+    assert [len(turn) for turn in drawn] == [1, 2, 4, 4]
+    tokens = [token for turn in drawn for passage in turn for token in passage]
     assert len(set(tokens)) == len(tokens)
-    assert drawn == draw([*range(130)], most_clients=4, length=10)
+    assert drawn == draw([*range(130)], turns=[1, 2, 4, 4], length=10)
 
 
 def test_a_prompt_is_sent_as_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,16 +52,25 @@ def test_a_server_that_is_not_there_is_told(
 
 @pytest.mark.slow
 def test_quick_resumes(quick: Callable[[str], Any]) -> None:
-    arms = quick("throughput")["arms"]
+    written = quick("throughput")
+    arms = written["arms"]
     assert tuple(arms) == QUICK.arms
     for arm in arms.values():
-        assert [point["clients"] for point in arm["points"]] == [1, 2]
+        assert [point["clients"] for point in arm["points"]] == [1, 2, 2]
         for point in arm["points"]:
             assert point["errors"] == 0
             assert point["output_tokens_s"] > 0
             assert 0 < point["inter_token_ms"]["p50"] <= point["inter_token_ms"]["p99"]
             assert point["memory_mib"] > 0
     assert 0 < arms["sink"]["points"][-1]["kv_usage_peak"] < 1
+    assert set(written["sink_over"]) == {"recompute", "llamacpp"}
+    for name, ratio in written["sink_over"].items():
+        ours, theirs = (
+            [point["output_tokens_s"] for point in arms[arm]["points"][1:]]
+            for arm in ("sink", name)
+        )
+        best = max(a / b for a, b in zip(ours, theirs, strict=True))
+        assert ratio["max"] == pytest.approx(best, abs=1e-4)
     assert quick("throughput")["arms"] == arms
 
 

@@ -1,0 +1,48 @@
+"""A command in a process group of its own, which is stopped with all its children."""
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Group:
+    leader: subprocess.Popen[bytes]
+    log: Path
+    """What all of them write; gone with them."""
+
+    def stop(self) -> None:
+        """Ask the whole group to end, then kill what is left of it. Not interruptible."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        with suppress(ProcessLookupError):
+            os.killpg(self.leader.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.leader.wait(GRACE_SECONDS)
+            os.killpg(self.leader.pid, signal.SIGKILL)
+        self.leader.wait()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def running(command: list[str], environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
+    with tempfile.NamedTemporaryFile(prefix="vllm-sink-", suffix=".log") as log:
+        leader = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        group = Group(leader, Path(log.name))
+        try:
+            yield group
+        finally:
+            group.stop()
