@@ -5,7 +5,7 @@ whose streams hold every token. The pool holds the streams if each of them recei
 step while the window rolls over two blocks, and none is preempted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,22 +98,11 @@ class Bench:
         }
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    plan = bench.plan
-    with console.status("") as status:
-        status.update(f"{plan.bound} streams with sinks")
-        sinks = bench.sinks(plan.bound)
-        status.update("a quarter more than the bound")
-        more = bench.sinks(plan.bound + cdiv(plan.bound, 4))
-        status.update("stock vLLM")
-        dense = bench.dense()
+def bounds(plan: Plan) -> dict[str, Any]:
+    """What follows from sizes alone."""
     return {
         "pool_tokens": plan.pool_blocks * BLOCK,
         "bound": plan.bound,
-        "sink": sinks,
-        "sink_over_bound": round(sinks["streaming"] / plan.bound, 4),
-        "sink_offered_more": more,
-        "dense": dense,
         "dense_by_blocks": {
             context: round(plan.pool_blocks / cdiv(context, BLOCK), 3)
             for context in plan.dense_contexts
@@ -146,16 +135,25 @@ def task(quick: bool) -> Iterator[Bench]:
 
 
 def main() -> None:
-    options = cli.parser(__doc__).parse_args()
+    options = cli.parser(__doc__, resumable=True).parse_args()
+    path = cli.folder(options) / "capacity.json"
     with task(options.quick) as bench:
-        figures = measure(bench)
+        plan = bench.plan
+        setup = {"model": Path(bench.model).name, "dtype": bench.dtype, **asdict(plan)}
+        setup |= {"block": BLOCK, "steps": STEPS}
+        fills: dict[str, Callable[[], dict[str, Any]]] = {
+            "sink": lambda: bench.sinks(plan.bound),
+            "sink_offered_more": lambda: bench.sinks(plan.bound + cdiv(plan.bound, 4)),
+            "dense": bench.dense,
+        }
+        figures = results.stored(path, setup, options.fresh) or {"setup": setup, **bounds(plan)}
+        for name, fill in fills.items():
+            if name not in figures:
+                with console.status(name.replace("_", " ")):
+                    figures[name] = fill()
+                figures["sink_over_bound"] = round(figures["sink"]["streaming"] / plan.bound, 4)
+                results.write(path, "benchmarks.capacity", figures)
     show(figures)
-    setup = {"model": Path(bench.model).name, "dtype": bench.dtype, **asdict(bench.plan)}
-    results.write(
-        cli.folder(options) / "capacity.json",
-        "benchmarks.capacity",
-        {"setup": {**setup, "block": BLOCK, "steps": STEPS}, **figures},
-    )
 
 
 if __name__ == "__main__":

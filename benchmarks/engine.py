@@ -82,6 +82,16 @@ class Engine:
             clock.append(time.perf_counter())
         return [stop - start for start, stop in pairwise(clock)]
 
+    def profile(self, count: int) -> dict[str, float]:
+        """Milliseconds of a step in each torch operator itself, of the next `count` steps."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            self.time_steps(count)
+        return {
+            event.key: event.self_cpu_time_total / 1000 / count for event in seen.key_averages()
+        }
+
     def streaming(self, count: int) -> list[int]:
         """How many streams received a token in each of the next `count` steps."""
         return [len(self.engine.step()) for _ in range(count)]

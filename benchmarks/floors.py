@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.engine import end_with_parent, pin
 
+BYTES = {"bfloat16": 2, "float32": 4}
+
 
 @dataclass(frozen=True)
 class Ceilings:

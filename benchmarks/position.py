@@ -77,33 +77,29 @@ class Pair:
         }
 
 
-def measure(plan: Plan) -> list[Pair]:
-    pairs = [Pair(far) for far in plan.far]
+def measure(plan: Plan, far: int) -> dict[str, Any]:
+    pair = Pair(far)
     with (
         tiny.llama() as model,
         Worker(model, additional_config=SINK, pinned=True, **ENGINE) as a,
         Worker(model, additional_config=SINK, pinned=True, **ENGINE) as b,
         Progress(console=console) as progress,
     ):
-        task = progress.add_task("", total=2 * len(pairs) * plan.rounds)
+        task = progress.add_task("", total=2 * plan.rounds)
         for near_worker, far_worker in ((a, b), (b, a)):
-            for pair in pairs:
-                turns = (
-                    (pair.at_near, near_worker, plan.near),
-                    (pair.at_far, far_worker, pair.far),
-                )
-                for _, worker, position in turns:
-                    progress.update(task, description=f"reading {position:,} tokens")
-                    worker.run(Engine.fill, [tiny.tokens(position)])
-                progress.update(task, description="stepping")
-                for _ in range(plan.rounds):
-                    for place, worker, _ in turns:
-                        seconds = worker.run(Engine.time_steps, plan.steps)
-                        place.steps_ms.append(1000 * median(seconds))
-                    progress.advance(task)
+            turns = ((pair.at_near, near_worker, plan.near), (pair.at_far, far_worker, far))
+            for _, worker, position in turns:
+                progress.update(task, description=f"reading {position:,} tokens")
+                worker.run(Engine.fill, [tiny.tokens(position)])
+            progress.update(task, description=f"stepping from {far:,}")
+            for _ in range(plan.rounds):
                 for place, worker, _ in turns:
-                    place.states.append(worker.run(Engine.state))
-    return pairs
+                    seconds = worker.run(Engine.time_steps, plan.steps)
+                    place.steps_ms.append(1000 * median(seconds))
+                progress.advance(task)
+            for place, worker, _ in turns:
+                place.states.append(worker.run(Engine.state))
+    return pair.summary()
 
 
 def show(plan: Plan, pairs: list[dict[str, Any]]) -> None:
@@ -120,16 +116,15 @@ def show(plan: Plan, pairs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    options = cli.parser(__doc__).parse_args()
+    options = cli.parser(__doc__, resumable=True).parse_args()
     plan = QUICK if options.quick else Plan()
-    pairs = [pair.summary() for pair in measure(plan)]
-    show(plan, pairs)
+    path = cli.folder(options) / "position.json"
     setup = {"model": tiny.MODEL, "seed": tiny.SEED, "engine": ENGINE, **SINK, **asdict(plan)}
-    results.write(
-        cli.folder(options) / "position.json",
-        "benchmarks.position",
-        {"setup": setup, "pairs": pairs},
-    )
+    pairs = (results.stored(path, setup, options.fresh) or {"pairs": []})["pairs"]
+    for far in plan.far[len(pairs) :]:
+        pairs.append(measure(plan, far))
+        results.write(path, "benchmarks.position", {"setup": setup, "pairs": pairs})
+    show(plan, pairs)
 
 
 if __name__ == "__main__":

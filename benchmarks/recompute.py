@@ -19,12 +19,11 @@ from rich.table import Table
 
 from benchmarks import cli, results, tiny
 from benchmarks.engine import Engine, Worker
-from benchmarks.floors import Ceilings, Forward, ceilings
+from benchmarks.floors import BYTES, Ceilings, Forward, ceilings
 from benchmarks.text import book_tokens
 from vllm_sink import cpu, embedded
 
 SINKS = 4
-BYTES = {"bfloat16": 2, "float32": 4}
 
 console = Console()
 

@@ -2,15 +2,17 @@
 
 Two engines take turns, round by round. Decode: 8 streams; ours are past S + W = 1024 tokens,
 stock's contexts grow through 1024. What sinks cost: the same against our window of 1024 alone.
-Prefill: one long prompt; stock has a sliding window of 1024, on the same weights read as a Mistral,
-which is a Llama with a window.
+Half-way
+some steps are profiled. Prefill: one long prompt; stock has a sliding window of 1024, on the same
+weights read as a Mistral, which is a Llama with a window.
 """
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +35,16 @@ ENGINE = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 2048,
     "num_gpu_blocks_override": 192,
+}
+
+OPERATORS = {
+    "_C::onednn_mm": "matrix products",
+    "aten::addmm": "matrix products",
+    "aten::mm": "matrix products",
+    "vllm_sink::attend": "attention",
+    "_C::cpu_attention_with_kv_cache": "attention",
+    "vllm_sink::write": "writing to the cache",
+    "_C::cpu_attn_reshape_and_cache": "writing to the cache",
 }
 
 console = Console()
@@ -75,6 +87,7 @@ class Arm:
 def decode(model: Path, ours: Arm, other: Arm, tokens: list[int], plan: Plan) -> dict[str, Any]:
     """Milliseconds a step."""
     turns: tuple[list[float], list[float]] = ([], [])
+    spent: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
     for _ in track(range(plan.passes), "decode", console=console):
         with (
             Worker(model, pinned=True, **ours.arguments) as a,
@@ -82,10 +95,27 @@ def decode(model: Path, ours: Arm, other: Arm, tokens: list[int], plan: Plan) ->
         ):
             for worker, arm in ((a, ours), (b, other)):
                 worker.run(Engine.fill, passages(tokens, plan.streams, arm.prompt_tokens))
-            for _ in range(plan.rounds):
+            for turn in range(plan.rounds):
                 for worker, figures in zip((a, b), turns, strict=True):
                     figures.append(1000 * median(worker.run(Engine.time_steps, plan.steps)))
-    return comparison(*turns)
+                if turn == plan.rounds // 2:
+                    for worker, profiles in zip((a, b), spent, strict=True):
+                        profiles.append(parts(worker.run(Engine.profile, plan.steps)))
+    where = {"ours": middle(spent[0]), "other": middle(spent[1])}
+    return comparison(*turns) | {"parts": where}
+
+
+def parts(operators: dict[str, float]) -> dict[str, float]:
+    """Milliseconds a step, summed by what they are for."""
+    sums = dict.fromkeys([*OPERATORS.values(), "other operators"], 0.0)
+    for name, spent in operators.items():
+        sums[OPERATORS.get(name, "other operators")] += spent
+    return sums
+
+
+def middle(profiles: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each part over all passes."""
+    return {part: round(median(spent[part] for spent in profiles), 2) for part in profiles[0]}
 
 
 def prefill(model: Path, engine: dict[str, Any], tokens: list[int], plan: Plan) -> dict[str, Any]:
@@ -141,10 +171,13 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
             table.add_row(name, arm, *(f"{value:g}" for value in comparison[arm].values()))
         table.add_section()
     console.print(table)
+    for name, comparison in figures.items():
+        for arm, spent in comparison.get("parts", {}).items():
+            console.print(f"{name}, {arm}, ms in a profiled step: {spent}")
 
 
 def main() -> None:
-    options = cli.parser(__doc__).parse_args()
+    options = cli.parser(__doc__, resumable=True).parse_args()
     plan = QUICK if options.quick else Plan()
     model = embedded.path()
     tokens = book_tokens(model, 40_000)
@@ -153,16 +186,19 @@ def main() -> None:
     window = Arm({"additional_config": WINDOW, **engine}, plan.prompt_tokens)
     # Through S + W tokens at half of its steps.
     stock = Arm(engine, CACHE - plan.rounds * plan.steps // 2)
-    figures = {
-        "decode_ms_a_step": decode(model, ours, stock, tokens, plan),
-        "decode_ms_a_step_over_window": decode(model, ours, window, tokens, plan),
-        "prefill_tokens_a_second": prefill(model, engine, tokens, plan),
+    comparisons: dict[str, Callable[[], dict[str, Any]]] = {
+        "decode_ms_a_step": partial(decode, model, ours, stock, tokens, plan),
+        "decode_ms_a_step_over_window": partial(decode, model, ours, window, tokens, plan),
+        "prefill_tokens_a_second": partial(prefill, model, engine, tokens, plan),
     }
-    show(figures)
+    path = cli.folder(options) / "speed.json"
     setup = {"model": model.name, "engine": engine, **SINK, **asdict(plan)}
-    results.write(
-        cli.folder(options) / "speed.json", "benchmarks.speed", {"setup": setup, **figures}
-    )
+    figures = results.stored(path, setup, options.fresh) or {"setup": setup}
+    for name, compare in comparisons.items():
+        if name not in figures:
+            figures[name] = compare()
+            results.write(path, "benchmarks.speed", figures)
+    show({name: figures[name] for name in comparisons})
 
 
 if __name__ == "__main__":

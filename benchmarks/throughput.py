@@ -28,6 +28,7 @@ from rich.status import Status
 from rich.table import Table
 
 from benchmarks import cli, load, results, servers, venvs
+from benchmarks.floors import BYTES
 from benchmarks.text import book_tokens
 from vllm_sink import cpu, embedded
 from vllm_sink.geometry import Geometry
@@ -169,6 +170,14 @@ def sink_over(arms: dict[str, dict[str, Any]], plan: Plan) -> dict[str, dict[str
     }
 
 
+def weights_mb(shape: servers.Shape) -> dict[str, int]:
+    """What a step reads of weights at least, however many streams it serves."""
+    checkpoint = sum(file.stat().st_size for file in shape.model.glob("*.safetensors"))
+    widened = checkpoint * BYTES[shape.dtype] / BYTES["bfloat16"]
+    quantised = embedded.gguf().stat().st_size
+    return {"vllm": round(widened / 1e6), "llamacpp": round(quantised / 1e6)}
+
+
 def show(arms: dict[str, dict[str, Any]]) -> None:
     table = Table(box=SIMPLE, padding=0, caption="first and next tokens: ms")
     table.add_column("arm")
@@ -264,7 +273,12 @@ def main() -> None:
     tokens = book_tokens(embedded.path())
 
     def save() -> None:
-        figures = {"setup": setup, "arms": arms, "sink_over": sink_over(arms, plan)}
+        figures = {
+            "setup": setup,
+            "weights_mb": weights_mb(plan.shape()),
+            "arms": arms,
+            "sink_over": sink_over(arms, plan),
+        }
         results.write(path, "benchmarks.throughput", figures)
 
     try:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed import comparison
+from benchmarks.speed import comparison, parts
 
 
 def test_ratios_are_of_rounds_side_by_side() -> None:
@@ -11,6 +11,16 @@ def test_ratios_are_of_rounds_side_by_side() -> None:
         "min": 1.0,
         "median": 2.0,
         "max": 3.0,
+    }
+
+
+def test_a_step_is_split_by_what_operators_are_for() -> None:
+    operators = {"vllm_sink::attend": 4.0, "_C::onednn_mm": 2.0, "aten::mm": 1.0, "aten::mul": 0.5}
+    assert parts(operators) == {
+        "matrix products": 3.0,
+        "attention": 4.0,
+        "writing to the cache": 0.0,
+        "other operators": 0.5,
     }
 
 
@@ -25,3 +35,6 @@ def test_quick(quick: Callable[[str], Any]) -> None:
         for arm in ("ours", "other", "ratio"):
             spread = written[name][arm]
             assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+    for name in ("decode_ms_a_step", "decode_ms_a_step_over_window"):
+        for spent in written[name]["parts"].values():
+            assert all(milliseconds > 0 for milliseconds in spent.values())
