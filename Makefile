@@ -24,7 +24,7 @@ install: .venv/.installed
 	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install
 	@touch $@
 
-# What benchmarks need beside .venv: peers, the load generator, a text.
+# What does not fit into .venv: peers, the load generator, Triton; and a text.
 venvs: install
 	$(BIN)/python -m benchmarks.venvs $(notdir $(basename $(wildcard requirements/venvs/*.in)))
 	$(BIN)/python -m benchmarks.novels
@@ -44,6 +44,7 @@ check: install
 
 test: install venvs
 	$(BIN)/pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) tests/attention -k triton
 
 test-fast: install venvs
 	$(BIN)/pytest $(PARALLEL) -m 'not slow'
@@ -52,7 +53,8 @@ test-fast: install venvs
 lock: install
 	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(COMPILE) pyproject.toml --extra dev requirements/lock.in \
-		--excludes requirements/excluded.in -o requirements/python.lock
+		--excludes requirements/excluded.in --excludes requirements/lock_excluded.in \
+		-o requirements/python.lock
 	for name in requirements/venvs/*.in; do \
 		$(COMPILE) $$name --excludes requirements/excluded.in -o $${name%.in}.lock || exit; \
 	done

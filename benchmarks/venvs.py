@@ -1,4 +1,4 @@
-"""Virtual environments for what cannot share ours: peers with other versions, the load generator.
+"""Virtual environments for what cannot share ours: peers, the load generator, tests' Triton.
 
     python -m benchmarks.venvs attention_sinks llamacpp load
 
@@ -37,6 +37,11 @@ def python(name: str) -> Path:
             f"The environment {name!r} is missing: run `python -m benchmarks.venvs {name}`."
         )
     return interpreter
+
+
+def packages(name: str) -> list[str]:
+    """Where environment `name` keeps its packages, for `sys.path`."""
+    return [str(folder) for folder in python(name).parents[1].glob("lib/python*/site-packages")]
 
 
 def install(name: str) -> None:

@@ -38,6 +38,8 @@ class Batch:
     """[requests]: tokens of each stream, the queries of this step included."""
     block_table: torch.Tensor
     """[requests, max_blocks]: entries of evicted blocks are never read."""
+    max_query_len: int
+    """Of any request."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ class SinkMetadataBuilder(CPUAttentionMetadataBuilder):
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
+            common_attn_metadata.max_query_len,
         )
         return SinkMetadata(batch, geometry, self._turns(batch, geometry))
 

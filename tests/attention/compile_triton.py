@@ -1,0 +1,73 @@
+"""`python -m tests.attention.compile_triton 90`: compile, for sm_90, what steps launch."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import venvs
+from tests.attention.cases import CASES, attend, inputs
+
+if __name__ == "__main__":
+    sys.path += venvs.packages("triton")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vllm_sink.attention import triton as ours
+
+    TYPES = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+        float: "fp32",
+        int: "i32",
+    }
+
+    class Compiler:
+        """In place of a kernel: its launches are compiled instead."""
+
+        def __init__(self, kernel: Any, architecture: int) -> None:
+            self.kernel = kernel
+            self.target = GPUTarget("cuda", architecture, 32)
+
+        def __getitem__(self, grid: tuple[int, ...]) -> "Compiler":
+            return self
+
+        def __call__(self, *args: Any, **named: Any) -> None:
+            given = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+            constants = {
+                (i,): given[parameter.name]
+                for i, parameter in enumerate(self.kernel.params)
+                if parameter.is_constexpr or given[parameter.name] is None
+            }
+            signature = {
+                name: "constexpr" if (i,) in constants else self.type_of(given[name])
+                for i, name in enumerate(self.kernel.arg_names)
+            }
+            source = ASTSource(self.kernel, signature, constants)
+            built = triton.compile(source, target=self.target)
+            print(self.kernel.__name__, len(built.asm["cubin"]), "bytes of cubin")
+
+        @staticmethod
+        def type_of(value: Any) -> str:
+            return TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+
+    for kernel in ("_attend", "_merge", "_write"):
+        setattr(ours, kernel, Compiler(getattr(ours, kernel), int(sys.argv[1])))
+    for name, dtype in (
+        ("decode", torch.bfloat16),
+        ("decode, alibi", torch.float16),
+        ("mixed", torch.bfloat16),
+        ("soft cap", torch.float32),
+        ("partial interleaved", torch.bfloat16),
+        ("head of 128", torch.bfloat16),
+        ("head of 256", torch.float16),
+    ):
+        print(name, dtype)
+        case = CASES[name]
+        given = inputs(replace(case, requests=case.requests[:2]), dtype, seed=0)
+        attend(ours.TritonAttention(processors=132), case, given)
