@@ -146,7 +146,8 @@ def main() -> None:
             "sink_offered_more": lambda: bench.sinks(plan.bound + cdiv(plan.bound, 4)),
             "dense": bench.dense,
         }
-        figures = results.stored(path, setup, options.fresh) or {"setup": setup, **bounds(plan)}
+        earlier = results.stored(path, setup, options.fresh) or {}
+        figures = earlier | {"setup": setup, **bounds(plan)}
         for name, fill in fills.items():
             if name not in figures:
                 with console.status(name.replace("_", " ")):

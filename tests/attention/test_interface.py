@@ -55,9 +55,10 @@ def test_any_geometry(
     assert error(attend(kernel, case, given), want) <= TOLERANCE[torch.float32]
 
 
-def test_padding_is_neither_stored_nor_written(implementation: Attention) -> None:
+@pytest.mark.parametrize("name", ["mixed", "decode"])
+def test_padding_is_neither_stored_nor_written(name: str, implementation: Attention) -> None:
     """vLLM pads a batch with tokens at slot -1, and with requests that have none."""
-    case = CASES["mixed"]
+    case = CASES[name]
     given = inputs(case, torch.float32, seed=2).to(device_of(implementation))
     device = given.query.device
     cache = paged(implementation, case, given)
@@ -100,12 +101,19 @@ def test_the_freed_middle_is_never_read(name: str, implementation: Attention) ->
     assert torch.equal(over(cache, implementation, case, given), whole)
 
 
-def test_queries_may_lie_in_a_wider_tensor(kernel: Attention) -> None:
+def test_inputs_may_lie_in_wider_tensors(kernel: Attention) -> None:
     """vLLM hands over slices of the fused query, key and value projection."""
     case = CASES["mixed"]
     given = inputs(case, torch.float32, seed=1).to(device_of(kernel))
-    wide = torch.randn(len(given.query), 3 * case.heads, case.head_size, device=given.query.device)
-    wide[:, : case.heads] = given.query
-    sliced = replace(given, query=wide[:, : case.heads])
-    cache = paged(kernel, case, given)
-    assert torch.equal(over(cache, kernel, case, sliced), over(cache, kernel, case, given))
+
+    def slice_of_wider(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x, torch.randn_like(x)), dim=1)[:, : x.shape[1]]
+
+    sliced = replace(
+        given,
+        query=slice_of_wider(given.query),
+        keys=[slice_of_wider(keys) for keys in given.keys],
+        values=[slice_of_wider(values) for values in given.values],
+    )
+    got = over(paged(kernel, case, sliced), kernel, case, sliced)
+    assert torch.equal(got, over(paged(kernel, case, given), kernel, case, given))

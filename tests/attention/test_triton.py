@@ -20,7 +20,8 @@ from tests.attention.cases import (
     over,
     paged,
 )
-from vllm_sink.attention.interface import Attention, KVCache
+from tests.attention.compile_triton import LAUNCHED
+from vllm_sink.attention.interface import Attention
 from vllm_sink.attention.reference import ReferenceAttention
 
 pytestmark = needs_triton
@@ -50,8 +51,8 @@ def test_splits_grow_where_streams_are_few() -> None:
     from vllm_sink.attention.triton import Tiling
 
     def splits(streams: int) -> int:
-        batch = inputs(Case(((1, 200),) * streams), torch.float32, seed=0).batch
-        return Tiling.of(batch, streams, 32, 8, keys=32, processors=132).splits
+        given = inputs(Case(((1, 200),) * streams, heads=32, kv_heads=8), torch.bfloat16, seed=0)
+        return Tiling.of(given.batch, given.query, 8, window=2048, processors=132).splits
 
     assert [splits(streams) for streams in (1, 8, 16, 32, 64, 256)] == [16, 8, 4, 2, 1, 1]
 
@@ -75,15 +76,10 @@ def test_elements_past_2_to_the_31(name: str, triton: Attention) -> None:
 
 
 def test_tokens_may_lie_ahead_of_heads(triton: Attention) -> None:
-    """vLLM's other layout of a block: the same shape by other strides."""
     case = CASES["mixed"]
     given = inputs(case, torch.float32, seed=6).to(device_of(triton))
-    cache = paged(triton, case, given)
-    keys, values = (
-        x.transpose(1, 2).contiguous().transpose(1, 2) for x in (cache.keys, cache.values)
-    )
-    got = over(KVCache(keys, values), triton, case, given)
-    assert torch.equal(got, over(cache, triton, case, given))
+    got = over(paged(triton, case, given, tokens_first=True), triton, case, given)
+    assert torch.equal(got, over(paged(triton, case, given), triton, case, given))
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
@@ -92,4 +88,5 @@ def test_compiles_ahead_of_time(architecture: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count("cubin") >= 8
+    assert ran.stdout.count("_attend: ") == len(LAUNCHED)
+    assert ran.stdout.count("_merge: ") == sum(name.startswith("decode") for name, _ in LAUNCHED)

@@ -20,3 +20,4 @@ def test_quick(quick: Callable[[str], Any]) -> None:
     assert written["sink"]["kv_blocks"] <= QUICK.pool_blocks
     assert written["sink"]["streaming"] > written["dense"]["streaming"]
     assert written["dense"]["streaming"] == written["dense"]["offered"]
+    assert quick("capacity") == written

@@ -98,5 +98,5 @@ def test_positions_of_a_mixed_batch() -> None:
     """A chunk of three that ends at 10, a decode step at 99, a fresh prompt of two."""
     starts = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
     lens = torch.tensor([10, 100, 2], dtype=torch.int32)
-    batch = Batch(starts, lens, torch.zeros(3, 4, dtype=torch.int32))
+    batch = Batch(starts, lens, torch.zeros(3, 4, dtype=torch.int32), 3)
     assert _positions(batch).tolist() == [7, 8, 9, 99, 0, 1]

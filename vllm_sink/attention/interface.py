@@ -30,7 +30,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Batch:
-    """The requests of one step and where their tokens lie. All int32."""
+    """The requests of one step and where their tokens lie. Tensors are int32."""
 
     query_start_loc: torch.Tensor
     """[requests + 1]: the first query of each request among the tokens of the step."""
@@ -39,7 +39,7 @@ class Batch:
     block_table: torch.Tensor
     """[requests, max_blocks]: entries of evicted blocks are never read."""
     max_query_len: int
-    """Of any request."""
+    """The most queries that a request has in this step."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ inline void multiply_tile(
     for (int64_t v = 0; v < vecs; ++v) sum[r][v] = Vec::loadu(c + r * c_stride + v * kLanes);
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[vecs];
-    if constexpr (rows < kTileRows)
+    if constexpr (rows < kTileRows)  // a full tile is a prefill's, which finds b in L1
       for (int64_t n = 0; n < vecs * kLanes; n += kLine<scalar_t>)
         __builtin_prefetch(b + (k + kRowsAhead) * b_stride + n);
     for (int64_t v = 0; v < vecs; ++v) row[v] = widen(b + k * b_stride + v * kLanes);
@@ -104,8 +104,8 @@ void multiply(
       multiply_rows<scalar_t, vecs>(a, a_stride, b + n, b_stride, c + n, c_stride, rows, depth);
   };
   // Half the rows leave accumulators for twice the columns, unless b is widened on the way.
-  if (std::is_same_v<scalar_t, float> && 2 * rows <= kTileRows)
-    tiles_of.template operator()<2 * kTileVecs>();
+  if constexpr (std::is_same_v<scalar_t, float>)
+    if (2 * rows <= kTileRows) tiles_of.template operator()<2 * kTileVecs>();
   tiles_of.template operator()<kTileVecs>();
   tiles_of.template operator()<1>();
 }

@@ -20,7 +20,9 @@ from vllm_sink.geometry import Geometry, cdiv
 LOG2_E = tl.constexpr(log2(e))
 LEAST_ROWS = 16
 """Of a tile: what tensor cores multiply at once."""
-PREFILL_ROWS = 64
+QUERY_TILE_BYTES = 2**15
+KEY_TILE_BYTES = 2**14
+"""And of values: several are on their way into shared memory at a time."""
 MOST_SPLITS = 16
 PROGRAMS_A_PROCESSOR = 2
 """Fewer programs than this leave streaming multiprocessors without work to hide memory behind."""
@@ -365,28 +367,32 @@ def _write(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a step is cut into programs: from shapes alone, so that a CUDA graph can hold it."""
+    """How a step is cut into programs: from what the host knows, for a CUDA graph to hold."""
 
     tiles: int
     queries: int
     rows: int
+    keys: int
     splits: int
     decode: bool
 
     @classmethod
     def of(
-        cls, batch: Batch, tokens: int, heads: int, kv_heads: int, keys: int, processors: int
+        cls, batch: Batch, query: torch.Tensor, kv_heads: int, window: int, processors: int
     ) -> "Tiling":
-        """`keys`: how many a query sees at most, in tiles; `processors` of the GPU."""
-        group, requests = heads // kv_heads, batch.seq_lens.shape[0]
+        """`query` as in `Attention.attend`; `processors` of the GPU."""
+        tokens, heads, head_size = query.shape
+        group, requests = heads // kv_heads, len(batch.seq_lens)
+        row_bytes = triton.next_power_of_2(head_size) * query.element_size()
+        keys = max(LEAST_ROWS, min(64, KEY_TILE_BYTES // row_bytes))
         packed = max(LEAST_ROWS, triton.next_power_of_2(group))
         if batch.max_query_len > 1:
-            rows = max(PREFILL_ROWS, packed)
+            rows = max(packed, min(64, QUERY_TILE_BYTES // row_bytes))
             queries = rows // group
-            return cls(tokens // queries + requests, queries, rows, 1, decode=False)
+            return cls(tokens // queries + requests, queries, rows, keys, 1, decode=False)
         wanted = cdiv(PROGRAMS_A_PROCESSOR * processors, requests * kv_heads)
-        splits = min(MOST_SPLITS, triton.next_power_of_2(min(wanted, keys)))
-        return cls(requests, 1, packed, splits, decode=True)
+        splits = min(MOST_SPLITS, triton.next_power_of_2(min(wanted, cdiv(window, keys))))
+        return cls(requests, 1, packed, keys, splits, decode=True)
 
 
 @dataclass(frozen=True)
@@ -404,6 +410,7 @@ class TritonAttention:
         self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.Tensor
     ) -> None:
         _, kv_heads, block_size, head_size = cache.keys.shape
+        assert key.stride()[1:] == value.stride()[1:] == (head_size, 1)
         _write[len(slots), kv_heads](
             key,
             value,
@@ -431,10 +438,10 @@ class TritonAttention:
     ) -> None:
         tokens, heads, head_size = query.shape
         _, kv_heads, block_size, _ = cache.keys.shape
+        assert out.is_contiguous()
+        assert query.stride(2) == cache.keys.stride(3) == cache.values.stride(3) == 1
         padded = triton.next_power_of_2(head_size)
-        tile_keys = 32 if query.element_size() == 4 or padded > 128 else 64
-        keys = cdiv(geometry.window, tile_keys)
-        tiling = Tiling.of(batch, tokens, heads, kv_heads, keys, self.processors)
+        tiling = Tiling.of(batch, query, kv_heads, geometry.window, self.processors)
         parts, lse = out, None
         if tiling.splits > 1:
             shape = (tokens, heads, tiling.splits)
@@ -473,8 +480,8 @@ class TritonAttention:
             DECODE=tiling.decode,
             TILE_QUERIES=tiling.queries,
             TILE_ROWS=tiling.rows,
-            TILE_KEYS=tile_keys,
-            SINK_KEYS=min(sink_keys, tile_keys),
+            TILE_KEYS=tiling.keys,
+            SINK_KEYS=min(sink_keys, tiling.keys),
             SPLITS=tiling.splits,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         )
