@@ -84,7 +84,7 @@ PLAN = Plan(
 QUICK = Plan(
     arms=("sink", "recompute", "llamacpp"),
     clients=2,
-    rounds=2,
+    rounds=1,
     geometry=Geometry(sinks=4, window=60),
     workload=load.Workload(prompt_tokens=32, output_tokens=96, resent_every=32),
     long_prompt_tokens=None,

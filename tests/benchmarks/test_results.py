@@ -23,7 +23,7 @@ def test_written_with_its_circumstances_but_no_host(tmp_path: Path) -> None:
     assert socket.gethostname() not in text
 
 
-def test_what_is_stored_counts_for_the_same_setup_and_versions_alone(
+def test_what_is_stored_counts_for_the_same_setup_code_and_versions_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.json"
@@ -35,5 +35,14 @@ def test_what_is_stored_counts_for_the_same_setup_and_versions_alone(
     assert record["figure"] == 1
     assert stored(path, setup, fresh=True) is None
     assert stored(path, {"sizes": (1, 3)}, fresh=False) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(results, "code", lambda: "another kernel")
+        assert stored(path, setup, fresh=False) is None
     monkeypatch.setattr(results, "versions", lambda: {"vllm": "1"})
     assert stored(path, setup, fresh=False) is None
+
+
+def test_figures_that_are_kept_get_the_circumstances_of_the_last_call(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write(path, "benchmarks.x", {"setup": {}, "command": "an earlier one"})
+    assert json.loads(path.read_text("utf-8"))["command"].startswith("python -m benchmarks.x")
