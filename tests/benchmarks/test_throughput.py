@@ -90,7 +90,9 @@ def test_quick_resumes(quick: Callable[[str], Any]) -> None:
 def started(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A run whose second point is being measured, and all processes that it has by then."""
     command = [*MODULE, "--arms", "llamacpp", "--output-tokens", "200", "--results", folder]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the suite in the background has SIGINT ignored, for all that it starts.
+    heeding = ["env", "--default-signal=INT", *command]
+    run = subprocess.Popen(heeding, stderr=subprocess.PIPE, text=True)
     while not ((folder / "throughput.json").exists() and any("aiperf" in c for c in words(run))):
         assert run.poll() is None
         time.sleep(0.1)
