@@ -12,7 +12,7 @@ ARGS ?=
 BIN := .venv/bin
 LOCKS := $(addprefix requirements/,bootstrap.lock debian.lock python.lock torch.lock)
 # A process a core; tests/conftest.py says which tests stay together.
-PARALLEL := -n auto --dist loadgroup
+PARALLEL := -n auto
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
