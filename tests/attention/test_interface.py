@@ -36,7 +36,6 @@ def test_matches_float64(name: str, dtype: torch.dtype, kernel: Attention) -> No
 
 @settings(
     max_examples=12 if INTERPRETED else 60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
