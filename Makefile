@@ -13,6 +13,9 @@ BIN := .venv/bin
 LOCKS := $(addprefix requirements/,bootstrap.lock debian.lock python.lock torch.lock)
 # A process a core; tests/conftest.py says which tests stay together.
 PARALLEL := -n auto
+# The GPU kernel, and what is built on it, in Triton's interpreter.
+INTERPRETED := tests/attention $(addprefix tests/,benchmarks/test_attention.py engine/test_triton.py \
+	plugin/test_backend.py)
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
@@ -44,7 +47,7 @@ check: install
 
 test: install venvs
 	$(BIN)/pytest $(PARALLEL)
-	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) tests/attention -k triton
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -k triton $(INTERPRETED)
 
 test-fast: install venvs
 	$(BIN)/pytest $(PARALLEL) -m 'not slow'

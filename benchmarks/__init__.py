@@ -8,6 +8,7 @@ Speed
     python -m benchmarks.recompute   a token's latency against reading the window anew for each
     python -m benchmarks.speed       decode and prefill against stock vLLM
     python -m benchmarks.position    step time and memory far down a stream
+    python -m benchmarks.attention   the GPU kernel beside memory bandwidth and vLLM's kernels
 Many streams
     python -m benchmarks.capacity    streams that a KV pool holds
     python -m benchmarks.throughput  concurrent clients over HTTP, against every baseline
@@ -15,5 +16,5 @@ Many streams
     python -m benchmarks.report      one page of all results
 
 Each prints a table and writes JSON to `benchmarks/results/`; `--quick` only shows that it runs.
-They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`.
+They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`; `attention` calls kernels.
 """

@@ -13,6 +13,7 @@ from benchmarks import cli, paper, plots
 
 TEMPLATE = "report.md.jinja"
 NAMES = (
+    "attention",
     "capacity",
     "peers",
     "perplexity",

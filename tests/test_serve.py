@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vllm_sink import embedded
+from vllm_sink import embedded, serve
 from vllm_sink.serve import STREAM_CAPACITY, fill_in_defaults, main, make_parser
 from vllm_sink.settings import SettingsError
 
@@ -117,6 +118,29 @@ def test_no_bfloat16_on_a_cpu_that_is_slow_in_it(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert completed("--model", model, *asked).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([], "CUSTOM"),
+        (["--sink-policy", "window"], "CUSTOM"),
+        (["--sink-policy", "full"], None),
+        (["--attention-backend", "FLASH_ATTN"], "FLASH_ATTN"),
+        (["--attention-config", '{"backend": "FLASH_ATTN"}'], None),
+        (["--attention-config", '{"backend_per_kind": {"full_attention": "CUSTOM"}}'], None),
+    ],
+    ids=str,
+)
+def test_a_gpu_is_served_with_our_backend_unless_told(
+    model: Path, asked: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert completed("--model", model, *asked).attention_backend in (None, "FLASH_ATTN")
+    gpu = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
+    monkeypatch.setattr(serve, "current_platform", gpu)
+    args = completed("--model", model, *asked)
+    assert args.attention_backend == expected
+    assert args.kv_cache_memory_bytes is None
 
 
 def test_window_policy_has_the_whole_cache(model: Path) -> None:

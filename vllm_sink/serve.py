@@ -16,6 +16,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sink import cpu, embedded
 from vllm_sink.plugin.check import trained_context
@@ -78,7 +79,7 @@ def make_parser() -> FlexibleArgumentParser:
 
 
 def fill_in_defaults(args: Namespace) -> None:
-    """Complete `args` in place: the model, its sinks, `max_model_len`, dtype and the KV pool."""
+    """Complete `args` in place: model, sinks, capacity, dtype, attention backend, KV pool."""
     args.model = args.model_tag or args.model
     if args.model is None:
         model = embedded.path()
@@ -90,6 +91,10 @@ def fill_in_defaults(args: Namespace) -> None:
     model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     settings = settings_from(args, model_config)
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
+    attention = args.attention_config
+    chosen = args.attention_backend or attention.backend or attention.backend_per_kind
+    if current_platform.is_cuda() and settings.evicts and not chosen:
+        args.attention_backend = AttentionBackendEnum.CUSTOM.name
     if args.max_model_len is None and settings.evicts:
         args.max_model_len = stream_capacity(args, model_config)
     asked = args.kv_cache_memory_bytes is not None or (

@@ -18,6 +18,7 @@ needs_triton = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="no GPU and no TRITON_INTERPRET=1"
 )
 DEFAULT = Geometry(5, 97)
+H100_PROCESSORS = 132
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 

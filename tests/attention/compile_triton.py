@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import venvs
-from tests.attention.cases import CASES, attend, inputs
+from tests.attention.cases import CASES, H100_PROCESSORS, attend, inputs
 
 LAUNCHED = (
     ("decode", torch.bfloat16),
@@ -84,4 +84,4 @@ if __name__ == "__main__":
     for name, dtype in LAUNCHED:
         case = CASES[name]
         given = inputs(replace(case, requests=case.requests[:2]), dtype, seed=0)
-        attend(ours.TritonAttention(processors=132), case, given)
+        attend(ours.TritonAttention(processors=H100_PROCESSORS), case, given)

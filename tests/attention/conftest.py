@@ -3,44 +3,12 @@
 TRITON_INTERPRET=1 pytest tests/attention
 """
 
-import sys
-from importlib.util import find_spec
-from typing import Any
-
 import pytest
 
-from benchmarks import venvs
-from tests.attention.cases import INTERPRETED, needs_compiler, needs_triton
+from tests.attention.cases import H100_PROCESSORS, needs_compiler, needs_triton
 from vllm_sink.attention.cpu import CPUAttention, load
 from vllm_sink.attention.interface import Attention
 from vllm_sink.attention.reference import ReferenceAttention
-
-if INTERPRETED and not find_spec("triton"):
-    # Apart from .venv, where vLLM's CPU build would complain of it in every log.
-    sys.path += venvs.packages("triton")
-
-H100_PROCESSORS = 132
-
-
-@pytest.fixture(autouse=INTERPRETED)
-def dots_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter keeps bfloat16 as uint16, and multiplies these as they are."""
-    import numpy
-    from triton.language import bfloat16, float32
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widened(x: Any) -> Any:
-        if x.dtype.scalar != bfloat16:
-            return x
-        return TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), float32)
-
-    dot = InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return dot(self, widened(a), widened(b), *others)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
 
 KERNELS = [
     pytest.param("cpu", marks=needs_compiler),

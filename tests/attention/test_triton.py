@@ -10,6 +10,7 @@ import torch
 
 from tests.attention.cases import (
     CASES,
+    H100_PROCESSORS,
     TOLERANCE,
     Case,
     attend,
@@ -32,7 +33,7 @@ DECODE = [name for name in CASES if name.startswith("decode")]
 def triton() -> Attention:
     from vllm_sink.attention.triton import TritonAttention
 
-    return TritonAttention(processors=132)
+    return TritonAttention(processors=H100_PROCESSORS)
 
 
 @pytest.mark.parametrize("processors", [1, 10, 1000])
@@ -52,7 +53,9 @@ def test_splits_grow_where_streams_are_few() -> None:
 
     def splits(streams: int) -> int:
         given = inputs(Case(((1, 200),) * streams, heads=32, kv_heads=8), torch.bfloat16, seed=0)
-        return Tiling.of(given.batch, given.query, 8, window=2048, processors=132).splits
+        return Tiling.of(
+            given.batch, given.query, 8, window=2048, processors=H100_PROCESSORS
+        ).splits
 
     assert [splits(streams) for streams in (1, 8, 16, 32, 64, 256)] == [16, 8, 4, 2, 1, 1]
 

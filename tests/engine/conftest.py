@@ -75,7 +75,9 @@ def engine() -> Engine:
     def start(path: Path, sink: dict[str, Any] | None = None, **arguments: Any) -> Iterator[Any]:
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.platforms import current_platform
 
+        on_gpu = current_platform.is_cuda() and sink is not None and sink.get("policy") != "full"
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,
@@ -85,6 +87,7 @@ def engine() -> Engine:
             "max_num_seqs": 8,
             "enable_prefix_caching": False,
             "additional_config": {} if sink is None else {"sink": sink},
+            "attention_backend": "CUSTOM" if on_gpu else None,
         }
         llm = LLM(str(path), **(defaults | arguments))
         try:

@@ -1,27 +1,29 @@
-"""Which classes the backend hands out, by the settings of the engine being built."""
+"""Which classes the backends hand out, by the settings of the engine being built, and what a step
+tells their layers. The GPU's takes Triton: a GPU, or TRITON_INTERPRET=1.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig
 from vllm import EngineArgs
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadataBuilder,
-)
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_sink.attention.interface import Batch
-from vllm_sink.plugin.backend import (
-    SinkAttentionImpl,
-    SinkBackend,
-    SinkMetadataBuilder,
-    _positions,
-)
+from tests.attention.cases import needs_triton
+from vllm_sink.attention.interface import Batch, SinkTurn
+from vllm_sink.plugin import register
+from vllm_sink.plugin.backend import SinkBackend, SinkMetadata, SinkMetadataBuilder, _positions
+from vllm_sink.plugin.cpu_backend import CPUSinkBackend
 from vllm_sink.plugin.spec import SinkSpec
+from vllm_sink.rotary import cos_sin
 from vllm_sink.settings import SettingsError
 
 SHAPE: dict[str, Any] = {
@@ -32,71 +34,189 @@ SHAPE: dict[str, Any] = {
 }
 FULL = FullAttentionSpec(**SHAPE)
 SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=48)
+SINK = {"sink_tokens": 5, "window_tokens": 59}
+LAYER = "layers.0.attn"
 
 
-@pytest.fixture(autouse=True)
-def fresh_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+TRITON = pytest.param("triton", marks=needs_triton)
+
+
+@pytest.fixture(params=["cpu", TRITON])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[SinkBackend]:
     monkeypatch.setattr(SinkBackend, "settings", None)
+    if request.param == "cpu":
+        return CPUSinkBackend
+    from vllm_sink.plugin.gpu_backend import GPUSinkBackend
+
+    return GPUSinkBackend
 
 
-def impl_of(additional: dict[str, Any]) -> type:
+def stock(backend: type[SinkBackend]) -> Any:
+    """The backend of vLLM's that ours stands in front of."""
+    return backend.__bases__[-1]
+
+
+def impl_of(backend: type[SinkBackend], additional: dict[str, Any]) -> type:
     with set_current_vllm_config(VllmConfig(additional_config=additional)):
-        return SinkBackend.get_impl_cls()
+        return backend.get_impl_cls()
 
 
-def test_unconfigured_hands_out_the_classes_of_vllm() -> None:
-    assert impl_of({}) is CPUAttentionBackendImpl
-    assert SinkBackend.get_builder_cls() is CPUAttentionMetadataBuilder
-    assert SinkBackend.customize_spec(FULL) is FULL
+def test_unconfigured_hands_out_the_classes_of_vllm(backend: type[SinkBackend]) -> None:
+    assert impl_of(backend, {}) is stock(backend).get_impl_cls()
+    assert backend.get_builder_cls() is stock(backend).get_builder_cls()
+    assert backend.customize_spec(FULL) is FULL
 
 
-def test_an_unconfigured_engine_after_a_configured_one_is_stock() -> None:
-    assert impl_of({"sink": {}}) is SinkAttentionImpl
-    assert impl_of({}) is CPUAttentionBackendImpl
-    assert SinkBackend.customize_spec(FULL) is FULL
+def test_an_unconfigured_engine_after_a_configured_one_is_stock(
+    backend: type[SinkBackend],
+) -> None:
+    assert impl_of(backend, {"sink": {}}) is backend.impl_cls
+    assert impl_of(backend, {}) is stock(backend).get_impl_cls()
+    assert backend.customize_spec(FULL) is FULL
 
 
-def test_configured_hands_out_ours() -> None:
-    assert impl_of({"sink": {"sink_tokens": 5, "window_tokens": 59}}) is SinkAttentionImpl
-    assert SinkBackend.get_builder_cls() is SinkMetadataBuilder
+def test_configured_hands_out_ours(backend: type[SinkBackend]) -> None:
+    assert impl_of(backend, {"sink": SINK}) is backend.impl_cls
+    assert backend.get_builder_cls() is backend.builder_cls
     expected = SinkSpec(**SHAPE, sliding_window=59, sink_tokens=5, dcp_sharded=False)
-    assert SinkBackend.customize_spec(FULL) == expected
+    assert backend.customize_spec(FULL) == expected
 
 
-def test_full_policy_keeps_the_kernel_and_the_spec() -> None:
-    assert impl_of({"sink": {"policy": "full"}}) is CPUAttentionBackendImpl
-    assert SinkBackend.customize_spec(FULL) is FULL
+def test_full_policy_keeps_the_kernel_and_the_spec(backend: type[SinkBackend]) -> None:
+    assert impl_of(backend, {"sink": {"policy": "full"}}) is stock(backend).get_impl_cls()
+    assert backend.customize_spec(FULL) is FULL
 
 
-def test_window_policy_has_no_sinks() -> None:
-    impl_of({"sink": {"policy": "window", "sink_tokens": 5, "window_tokens": 64}})
-    spec = SinkBackend.customize_spec(FULL)
+def test_window_policy_has_no_sinks(backend: type[SinkBackend]) -> None:
+    impl_of(backend, {"sink": {"policy": "window", "sink_tokens": 5, "window_tokens": 64}})
+    spec = backend.customize_spec(FULL)
     assert isinstance(spec, SinkSpec)
     assert (spec.sink_tokens, spec.sliding_window) == (0, 64)
 
 
-@pytest.mark.parametrize("spec", [SLIDING], ids=["sliding"])
-def test_layers_with_a_window_of_their_own_keep_it(spec: AttentionSpec) -> None:
-    impl_of({"sink": {}})
-    assert SinkBackend.customize_spec(spec) is spec
+def test_layers_with_a_window_of_their_own_keep_it(backend: type[SinkBackend]) -> None:
+    impl_of(backend, {"sink": {}})
+    assert backend.customize_spec(SLIDING) is SLIDING
 
 
-def test_learned_sinks_are_refused(tmp_path: Path) -> None:
-    """No accepted architecture has them; another's would be caught here all the same."""
+@pytest.fixture
+def config(tmp_path: Path) -> VllmConfig:
+    register()
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    config = EngineArgs(
-        str(tmp_path), skip_tokenizer_init=True, additional_config={"sink": {}}
+    return EngineArgs(
+        str(tmp_path),
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        additional_config={"sink": SINK},
     ).create_engine_config()
-    with (
-        set_current_vllm_config(config),
-        pytest.raises(SettingsError, match=r"^sink\.policy='sink': .*learned sinks; accepted are "),
+
+
+def impl(backend: type[SinkBackend], config: VllmConfig, window: int | None, **named: Any) -> Any:
+    with set_current_vllm_config(config):
+        return backend.get_impl_cls()(2, 32, 0.2, 1, None, window, "auto", **named)
+
+
+def test_learned_sinks_are_refused(backend: type[SinkBackend], config: VllmConfig) -> None:
+    """No accepted architecture has them; another's would be caught here all the same."""
+    with pytest.raises(
+        SettingsError, match=r"^sink\.policy='sink': .*learned sinks; accepted are "
     ):
-        SinkAttentionImpl(2, 32, 0.2, 1, None, None, "auto", sinks=torch.zeros(2))
+        impl(backend, config, None, sinks=torch.zeros(2))
+
+
+def test_a_layer_knows_a_window_of_its_own(backend: type[SinkBackend], config: VllmConfig) -> None:
+    assert not impl(backend, config, window=None).has_own_window
+    assert impl(backend, config, window=48).has_own_window
+    assert impl(backend, config, window=1).has_own_window
+
+
+def builder_of(
+    backend: type[SinkBackend], config: VllmConfig, device: str = "cpu"
+) -> SinkMetadataBuilder:
+    """For one layer of a Llama."""
+    with set_current_vllm_config(config):
+        owner = nn.Module()
+        owner.rotary_emb = get_rope(32, 64, True, {"rope_type": "default", "rope_theta": 1e4})
+        owner.attn = Attention(2, 32, 0.2, 2, cache_config=config.cache_config, prefix=LAYER)
+        backend.get_impl_cls()
+        spec = backend.customize_spec(FULL)
+        owner.to(device)
+        return backend.get_builder_cls()(spec, [LAYER], config, torch.device(device))
+
+
+def step(lengths: list[tuple[int, int]], device: str = "cpu") -> CommonAttentionMetadata:
+    """Of requests with (queries of this step, tokens of the stream)."""
+    queries = torch.tensor([queries for queries, _ in lengths])
+    starts = torch.tensor([0, *queries.cumsum(0)], dtype=torch.int32)
+    tokens = int(queries.sum())
+    return CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([tokens for _, tokens in lengths], dtype=torch.int32).to(device),
+        num_reqs=len(lengths),
+        num_actual_tokens=tokens,
+        max_query_len=int(queries.max()),
+        max_seq_len=max(tokens for _, tokens in lengths),
+        block_table_tensor=torch.zeros(len(lengths), 8, dtype=torch.int32).to(device),
+        slot_mapping=torch.zeros(tokens, dtype=torch.int64).to(device),
+    )
+
+
+def turn_of(metadata: SinkMetadata) -> SinkTurn:
+    return metadata.turns[LAYER]
+
+
+def test_sinks_are_turned_back_by_what_was_evicted(
+    backend: type[SinkBackend], config: VllmConfig
+) -> None:
+    builder = builder_of(backend, config)
+    (rotary,) = builder.rotaries.values()
+    turn = turn_of(builder.build(0, step([(3, 70), (1, 100), (2, 2)])))
+    evicted = torch.tensor([4, 5, 6, 36, 0, 0])
+    assert turn.is_neox_style
+    assert torch.equal(turn.rows, cos_sin(-evicted, rotary.inv_freq))
+
+
+def test_rows_stay_where_a_cuda_graph_found_them(
+    backend: type[SinkBackend], config: VllmConfig
+) -> None:
+    builder = builder_of(backend, config)
+    captured = builder.build_for_cudagraph_capture(step([(1, 1)] * 4))
+    assert len(turn_of(captured).rows) == 4
+    replayed = builder.build(0, step([(1, 200), (1, 300)]))
+    assert turn_of(replayed).rows.data_ptr() == turn_of(captured).rows.data_ptr()
+    assert captured.batch.seq_lens.tolist() == [1] * 4
+
+
+def test_building_a_step_does_not_wait_for_the_device(
+    backend: type[SinkBackend], config: VllmConfig
+) -> None:
+    """On PyTorch's meta device nothing has values: to read one is an error."""
+    builder = builder_of(backend, config, "meta")
+    turn = turn_of(builder.build(0, step([(3, 70), (1, 10**6)], "meta")))
+    assert turn.rows.shape == (4, 32)
+    with pytest.raises(RuntimeError, match="meta"):
+        turn.rows.sum().item()
+
+
+def test_without_sinks_nothing_is_turned(backend: type[SinkBackend], config: VllmConfig) -> None:
+    config.additional_config = {"sink": {"policy": "window", "window_tokens": 60}}
+    assert builder_of(backend, config).build(0, step([(1, 100)])).turns == {}
 
 
 def test_positions_of_a_mixed_batch() -> None:
-    """A chunk of three that ends at 10, a decode step at 99, a fresh prompt of two."""
-    starts = torch.tensor([0, 3, 4, 6], dtype=torch.int32)
-    lens = torch.tensor([10, 100, 2], dtype=torch.int32)
-    batch = Batch(starts, lens, torch.zeros(3, 4, dtype=torch.int32), 3)
-    assert _positions(batch).tolist() == [7, 8, 9, 99, 0, 1]
+    """A chunk of three that ends at 10, a decode step at 99, a fresh prompt of two, padding."""
+    starts = torch.tensor([0, 3, 4, 6, 6], dtype=torch.int32)
+    lens = torch.tensor([10, 100, 2, 0], dtype=torch.int32)
+    batch = Batch(starts, lens, torch.zeros(4, 4, dtype=torch.int32), 3)
+    assert _positions(batch, tokens=6).tolist() == [7, 8, 9, 99, 0, 1]
+    assert _positions(batch, tokens=9).tolist()[:6] == [7, 8, 9, 99, 0, 1]
+
+
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+def test_a_gpu_finds_ours_by_the_name_of_the_flag(backend: type[SinkBackend]) -> None:
+    register()
+    assert AttentionBackendEnum.CUSTOM.get_class() is backend
+    assert backend.get_name() == AttentionBackendEnum.CUSTOM.name
+    assert not backend.supports_batch_invariance()

@@ -3,12 +3,14 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import EngineArgs
 from vllm.config import VllmConfig
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_sink.plugin.check import ARCHITECTURES, check, trained_context
 from vllm_sink.plugin.config import settings_of
@@ -222,3 +224,49 @@ def test_context_parallelism_is_refused(configure: Configure, setting: str) -> N
         SettingsError, match=f"^{setting}=2: not supported with sinks; accepted is 1$"
     ):
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("platform", "accepted"), [("cpu", True), ("cuda", True), ("rocm", False), ("xpu", False)]
+)
+def test_platforms(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, platform: str, accepted: bool
+) -> None:
+    config = configure(LLAMA, {"policy": "full"})
+    monkeypatch.setattr(CpuPlatform, "device_name", platform)
+    sentence = f"^device={platform}: not supported with sinks; accepted are cpu and cuda$"
+    with nullcontext() if accepted else pytest.raises(SettingsError, match=sentence):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("attention", "refused"),
+    [
+        ({}, "auto"),
+        ({"backend": "FLASH_ATTN"}, "FLASH_ATTN"),
+        ({"backend": "CUSTOM", "backend_per_kind": {"full_attention": "TRITON_ATTN"}}, "TRITON_"),
+        ({"backend": "CUSTOM"}, None),
+        ({"backend_per_kind": {"full_attention": "CUSTOM"}}, None),
+        ({"backend": "CUSTOM", "backend_per_kind": {"sliding_window": "FLASH_ATTN"}}, None),
+    ],
+    ids=str,
+)
+def test_a_gpu_needs_our_backend(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    attention: dict[str, Any],
+    refused: str | None,
+) -> None:
+    config = configure(LLAMA, FITS, attention_config=attention)
+    monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: True)
+    sentence = f"^attention_backend={refused}.*: would evict nothing; .* on a GPU is CUSTOM$"
+    with pytest.raises(SettingsError, match=sentence) if refused else nullcontext():
+        check(config)
+
+
+def test_a_gpu_needs_no_backend_of_ours_to_evict_nothing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(LLAMA, {"policy": "full"})
+    monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: True)
+    check(config)

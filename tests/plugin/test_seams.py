@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_sink.plugin import register, rotary
-from vllm_sink.plugin.backend import SinkBackend
+from vllm_sink.plugin.cpu_backend import CPUSinkBackend
 from vllm_sink.plugin.manager import SinkManager
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.settings import SettingsError, SinkSettings
@@ -41,6 +41,7 @@ MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 MANAGER = f"{MANAGERS}:SlidingWindowManager"
 POOL = "vllm.v1.core.block_pool:BlockPool"
 CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
+TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttention"
 ROTARY = "vllm.model_executor.layers.rotary_embedding"
 # Where it is defined: the name in the package is the one we replace.
 LONGROPE = f"{ROTARY}.phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding"
@@ -79,7 +80,7 @@ PARAMETERS = {
     f"{POOL}.get_cached_block": "self block_hash kv_cache_group_ids",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes": "block_hashes hash_block_size block_size "
     "supports_fine_grained_hash_lookup alignment_tokens",
-    # plugin/backend.py
+    # plugin/backend.py, plugin/cpu_backend.py, plugin/gpu_backend.py
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": "selected_backend attn_selector_config "
     "num_heads",
@@ -95,6 +96,21 @@ PARAMETERS = {
     f"{CPU}BackendImpl.forward": "self layer query key value kv_cache attn_metadata output "
     "output_scale output_block_scale",
     f"{CPU}BackendImpl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    f"{TRITON}Backend.customize_spec": "spec",
+    f"{TRITON}Backend.get_impl_cls": "",
+    f"{TRITON}Backend.get_builder_cls": "",
+    f"{TRITON}Backend.supports_batch_invariance": "",
+    f"{TRITON}MetadataBuilder.__init__": "self kv_cache_spec layer_names vllm_config device",
+    f"{TRITON}MetadataBuilder.build": "self common_prefix_len common_attn_metadata fast_build",
+    f"{TRITON}MetadataBuilder.build_for_cudagraph_capture": "self common_attn_metadata",
+    f"{TRITON}Impl.__init__": "self num_heads head_size scale num_kv_heads alibi_slopes "
+    "sliding_window kv_cache_dtype logits_soft_cap attn_type kv_sharing_target_layer_name sinks "
+    "use_alibi_sqrt chunk_lookback",
+    f"{TRITON}Impl.forward": "self layer query key value kv_cache attn_metadata output "
+    "output_scale output_block_scale",
+    f"{TRITON}Impl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
+    f"{TRITON}Impl.fused_output_quant_supported": "self quant_key",
+    "vllm.platforms.interface:Platform.num_compute_units": "device_id",
     # plugin/rotary.py
     "vllm.model_executor.custom_op:CustomOp.register_oot": "_decorated_op_cls name",
     "vllm._custom_ops:rotary_embedding": "positions query key head_size cos_sin_cache is_neox "
@@ -140,9 +156,11 @@ HELD = {
     f"{MANAGER}": "block_size block_pool req_to_blocks max_admission_blocks_per_request",
     f"{POOL}": "num_gpu_blocks hash_block_size",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "query_start_loc seq_lens "
-    "block_table_tensor",
+    "block_table_tensor max_query_len max_seq_len num_actual_tokens",
     f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window sinks",
     f"{CPU}MetadataBuilder": "kv_cache_spec",
+    f"{TRITON}Impl": "scale logits_soft_cap alibi_slopes sliding_window sinks",
+    f"{TRITON}MetadataBuilder": "kv_cache_spec",
     "vllm.model_executor.layers.attention:Attention": "impl layer_name",
     f"{ROTARY}:RotaryEmbedding": "head_size rotary_dim is_neox_style dtype cos_sin_cache",
     f"{ROTARY}:LinearScalingRotaryEmbedding": "scaling_factors",
@@ -151,15 +169,18 @@ HELD = {
     "long_short_cos_sin_cache original_max_position_embeddings short_factor long_factor "
     "short_mscale long_mscale",
     GPT_NEOX: "inv_freq attention_scaling rope_type",
-    VLLM_CONFIG: "additional_config model_config cache_config parallel_config device_config "
-    "speculative_config kv_transfer_config",
+    VLLM_CONFIG: "additional_config model_config cache_config parallel_config attention_config "
+    "scheduler_config speculative_config kv_transfer_config",
     MODEL_CONFIG: "architecture attn_type hf_text_config is_mm_prefix_lm is_submodel_config "
     "max_model_len model model_arch_config use_mla uses_mrope",
     "vllm.config.model_arch:ModelArchitectureConfig": "derived_max_model_len_and_key",
     "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes",
     "vllm.config:ParallelConfig": "decode_context_parallel_size prefill_context_parallel_size",
-    "vllm.config:DeviceConfig": "device_type",
-    ENGINE_ARGS: "additional_config kv_cache_memory_bytes max_model_len max_num_seqs model",
+    "vllm.config:AttentionConfig": "backend backend_per_kind",
+    "vllm.config:SchedulerConfig": "max_num_batched_tokens",
+    "vllm.platforms.cpu:CpuPlatform": "is_cpu is_cuda device_name",
+    ENGINE_ARGS: "additional_config attention_backend attention_config kv_cache_memory_bytes "
+    "max_model_len max_num_seqs model",
 }
 """By class: fields, properties and attributes of its instances that we read."""
 
@@ -291,10 +312,10 @@ def test_the_cpu_platform_picks_our_backend() -> None:
     register()
     selector = AttentionSelectorConfig(32, torch.float32, "auto", block_size=32)
     found = CpuPlatform.get_attn_backend_cls(None, selector)
-    expected = f"{SinkBackend.__module__}.{SinkBackend.__name__}"
+    expected = f"{CPUSinkBackend.__module__}.{CPUSinkBackend.__name__}"
     assert_seam("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", expected, found)
     assert_seam(
-        f"{CPU}Backend.get_name", SinkBackend.get_name(), AttentionBackendEnum.CPU_ATTN.name
+        f"{CPU}Backend.get_name", CPUSinkBackend.get_name(), AttentionBackendEnum.CPU_ATTN.name
     )
 
 
@@ -306,9 +327,9 @@ def test_blocks_of_the_cpu_backend_hold_one_head_after_another() -> None:
 
 def test_the_backend_is_asked_for_its_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SinkSettings(sink_tokens=4, window_tokens=60)
-    monkeypatch.setattr(SinkBackend, "settings", settings)
+    monkeypatch.setattr(CPUSinkBackend, "settings", settings)
     full = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    found = customize_attention_spec(SinkBackend, full)
+    found = customize_attention_spec(CPUSinkBackend, full)
     assert_seam("vllm.v1.worker.utils:customize_attention_spec", SinkSpec, type(found))
 
 

@@ -257,9 +257,7 @@ def _attend(
 
     oldest = tl.maximum(first_t + 1 - WINDOW, 0)
     tiles = tl.cdiv(last_t + 1 - oldest, TILE_KEYS)
-    tiles_a_split = tl.cdiv(tiles, SPLITS)
-    stop = tl.minimum((split + 1) * tiles_a_split, tiles)
-    for key_tile in range(split * tiles_a_split, stop):
+    for key_tile in range(split * tiles // SPLITS, (split + 1) * tiles // SPLITS):
         j = oldest + key_tile * TILE_KEYS + tl.arange(0, TILE_KEYS)
         top, total, sums = _fold(
             plain,

@@ -1,27 +1,26 @@
-"""Seam: vLLM's CPU attention backend, overridden through `register_backend`.
+"""Seam: attention backends registered through `register_backend`; what ours share.
 
-Source: vllm/v1/attention/backends/cpu_attn.py. Without sink settings every class handed out is
-vLLM's own; with them, layers that have a sliding window of their own keep vLLM's kernel.
+Each stands in front of one of vLLM's own. Without sink settings every class handed out is vLLM's;
+with them, layers that have a sliding window of their own keep vLLM's kernel.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
+from vllm.model_executor.layers.attention import Attention as AttentionLayer
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_sink.attention.cpu import cpu_attention
-from vllm_sink.attention.interface import Batch, Scoring, SinkTurn
+from vllm_sink.attention.interface import Attention, Batch, Scoring, SinkTurn
 from vllm_sink.geometry import Geometry
 from vllm_sink.plugin.config import current_settings, settings_of
 from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
@@ -37,10 +36,12 @@ class SinkMetadata:
     batch: Batch
     geometry: Geometry
     turns: dict[str, SinkTurn]
-    """By layer name; empty while nothing has been evicted from any stream of the batch."""
+    """By layer name; empty where sinks keep their stream distance."""
 
 
-class SinkMetadataBuilder(CPUAttentionMetadataBuilder):
+class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
+    """Nothing here waits for the device, and rows lie where CUDA graphs found them."""
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -49,12 +50,16 @@ class SinkMetadataBuilder(CPUAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayer, layer_names)
         rotaries = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
         settings = settings_of(vllm_config)
         assert settings is not None
-        self.turned = {
-            name: rotary for name, rotary in rotaries.items() if rotary and settings.reindex
+        turned = settings.reindex and isinstance(kv_cache_spec, SinkSpec) and settings.sinks
+        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and turned}
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.rows = {
+            rotary: torch.empty(tokens, rotary.rotary_dim, device=device)
+            for rotary in set(self.rotaries.values())
         }
 
     def build(
@@ -62,30 +67,38 @@ class SinkMetadataBuilder(CPUAttentionMetadataBuilder):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> CPUAttentionMetadata | SinkMetadata:
+    ) -> Any:
+        """`SinkMetadata`, or the parent's for layers with a sliding window of their own."""
         if not isinstance(self.kv_cache_spec, SinkSpec):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        geometry = self.kv_cache_spec.geometry
         batch = Batch(
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
             common_attn_metadata.max_query_len,
         )
-        return SinkMetadata(batch, geometry, self._turns(batch, geometry))
-
-    def _turns(self, batch: Batch, geometry: Geometry) -> dict[str, SinkTurn]:
-        if not geometry.sinks or not geometry.evicted(int(batch.seq_lens.max()) - 1):
-            return {}
-        evicted = (_positions(batch) + 1 - geometry.window - geometry.sinks).clamp(min=0)
+        geometry, tokens = self.kv_cache_spec.geometry, common_attn_metadata.num_actual_tokens
+        if common_attn_metadata.max_seq_len > geometry.window:
+            self._fill_rows(batch, geometry, tokens)
         turns = {
-            rotary: SinkTurn(cos_sin(-evicted, rotary.inv_freq), rotary.is_neox_style)
-            for rotary in set(self.turned.values())
+            rotary: SinkTurn(rows[:tokens], rotary.is_neox_style)
+            for rotary, rows in self.rows.items()
         }
-        return {name: turns[rotary] for name, rotary in self.turned.items()}
+        by_layer = {name: turns[rotary] for name, rotary in self.rotaries.items()}
+        return SinkMetadata(batch, geometry, by_layer)
+
+    def _fill_rows(self, batch: Batch, geometry: Geometry, tokens: int) -> None:
+        if not self.rows:
+            return
+        evicted = (_positions(batch, tokens) + 1 - geometry.window - geometry.sinks).clamp(min=0)
+        for rotary, rows in self.rows.items():
+            rows[:tokens] = cos_sin(-evicted, rotary.inv_freq)
 
 
-class SinkAttentionImpl(CPUAttentionBackendImpl):
+class SinkAttentionImpl(AttentionImpl[Any]):
+    no_window: ClassVar[Any]
+    """What `sliding_window` of the parent is in a layer without one."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = current_settings()
@@ -98,15 +111,19 @@ class SinkAttentionImpl(CPUAttentionBackendImpl):
         self.scoring = Scoring(
             self.scale, self.logits_soft_cap, self.alibi_slopes, settings.reindex
         )
-        self.attention = cpu_attention()
+        self.attention = self.make_attention()
+
+    @abstractmethod
+    def make_attention(self) -> Attention:
+        """What computes layers without a window of their own."""
 
     @property
     def has_own_window(self) -> bool:
-        return self.sliding_window != -1
+        return bool(self.sliding_window != self.no_window)
 
     def forward(
         self,
-        layer: Attention,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -146,24 +163,27 @@ class SinkAttentionImpl(CPUAttentionBackendImpl):
             self.attention.write(key, value, self.attention.as_cache(kv_cache), slot_mapping)
 
 
-class SinkBackend(CPUAttentionBackend):
-    """Hands out vLLM's classes or ours, by the settings of the engine being built."""
+class SinkBackend(AttentionBackend):
+    """Hands out the parent's classes or ours, by the settings of the engine being built."""
 
+    impl_cls: ClassVar[type[SinkAttentionImpl]]
+    builder_cls: ClassVar[type[SinkMetadataBuilder]]
     settings: ClassVar[SinkSettings | None] = None
     """Kept from the last place that runs inside vLLM's config context, `get_impl_cls`."""
 
     @classmethod
-    def get_impl_cls(cls) -> type[CPUAttentionBackendImpl]:
+    def get_impl_cls(cls) -> type[Any]:
         cls.settings = current_settings()
         evicts = cls.settings is not None and cls.settings.evicts
-        return SinkAttentionImpl if evicts else CPUAttentionBackendImpl
+        return cls.impl_cls if evicts else super().get_impl_cls()
 
     @classmethod
-    def get_builder_cls(cls) -> type[CPUAttentionMetadataBuilder]:
-        return CPUAttentionMetadataBuilder if cls.settings is None else SinkMetadataBuilder
+    def get_builder_cls(cls) -> type[Any]:
+        return super().get_builder_cls() if cls.settings is None else cls.builder_cls
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        spec = super().customize_spec(spec)
         if cls.settings is None or not cls.settings.evicts:
             return spec
         if not isinstance(spec, FullAttentionSpec):
@@ -172,18 +192,21 @@ class SinkBackend(CPUAttentionBackend):
 
 
 def register() -> None:
-    """The CPU platform always picks CPU_ATTN (vllm/platforms/cpu.py), so that is overridden."""
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}.{SinkBackend.__name__}")
+    """The CPU platform always picks CPU_ATTN (vllm/platforms/cpu.py), so that is overridden; on a
+    GPU ours has to be asked for. By name: neither is loaded where it is not used.
+    """
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm_sink.plugin.cpu_backend.CPUSinkBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "vllm_sink.plugin.gpu_backend.GPUSinkBackend")
 
 
-def _positions(batch: Batch) -> torch.Tensor:
-    """The stream position of every query of the step: [tokens] int64."""
-    starts, stops = batch.query_start_loc[:-1].long(), batch.query_start_loc[1:].long()
-    shift = torch.repeat_interleave(batch.seq_lens.long() - stops, stops - starts)
-    return torch.arange(len(shift), device=shift.device) + shift
+def _positions(batch: Batch, tokens: int) -> torch.Tensor:
+    """The stream position of each of the step's `tokens`: [tokens] int64; of padding, any."""
+    stops, token = batch.query_start_loc[1:], torch.arange(tokens, device=batch.seq_lens.device)
+    request = torch.searchsorted(stops.long(), token, right=True).clamp(max=len(stops) - 1)
+    return token + (batch.seq_lens - stops)[request]
 
 
-def _rotary_or_refuse(name: str, layer: Attention) -> UnboundedRotary | None:
+def _rotary_or_refuse(name: str, layer: AttentionLayer) -> UnboundedRotary | None:
     """The rotary embedding whose positions sinks are turned back by; None for ALiBi."""
     rotary = rotary_of(layer)
     if rotary is None and layer.impl.alibi_slopes is None:

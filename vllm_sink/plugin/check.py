@@ -10,6 +10,9 @@ from math import inf
 from typing import Any
 
 from vllm.config import ModelConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
 from vllm_sink.plugin.config import settings_of
 from vllm_sink.settings import SettingsError, SinkSettings
@@ -42,6 +45,9 @@ instead. Turning a query back for its sinks takes that, and it cannot be seen fr
 models skip the rotation in some layers, or scale, normalise or split what was rotated.
 """
 
+PLATFORMS = ("cpu", "cuda")
+"""`device_name` of vLLM's platforms that have a backend of ours."""
+
 SCALED_BY_POSITION = ("attn_temperature_tuning", "dual_chunk_attention_config", "llama_4_scaling")
 """Config keys that make attention depend on the stream position itself, not on distances."""
 
@@ -72,6 +78,7 @@ def check(vllm_config: VllmConfig) -> None:
     _check_model(model_config)
     _check_engine(vllm_config)
     if settings.evicts:
+        _check_backend(vllm_config)
         _check_layers(model_config)
         _check_cache_size(settings, model_config)
 
@@ -134,18 +141,35 @@ def _check_layers(model_config: ModelConfig) -> None:
 def _check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     refused = {
-        "device": (vllm_config.device_config.device_type, "cpu"),
         "kv_cache_dtype": (vllm_config.cache_config.cache_dtype, "auto"),
         "speculative_config": (vllm_config.speculative_config, None),
         "kv_transfer_config": (vllm_config.kv_transfer_config, None),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
     }
+    if current_platform.device_name not in PLATFORMS:
+        raise SettingsError(
+            f"device={current_platform.device_name}: not supported with sinks; "
+            f"accepted are {' and '.join(PLATFORMS)}"
+        )
     for setting, (value, accepted) in refused.items():
         if value != accepted:
             raise SettingsError(
                 f"{setting}={value}: not supported with sinks; accepted is {accepted}"
             )
+
+
+def _check_backend(vllm_config: VllmConfig) -> None:
+    """On a GPU another backend than ours would evict nothing; on a CPU there is no other."""
+    attention = vllm_config.attention_config
+    full = KVCacheSpecKind.FULL_ATTENTION.value
+    backend = attention.backend_per_kind.get(full, attention.backend)
+    ours = AttentionBackendEnum.CUSTOM
+    if current_platform.is_cuda() and backend is not ours:
+        raise SettingsError(
+            f"attention_backend={backend.name if backend else 'auto'}: would evict nothing; "
+            f"accepted with sinks on a GPU is {ours.name}"
+        )
 
 
 def _check_cache_size(settings: SinkSettings, model_config: ModelConfig) -> None:

@@ -1,0 +1,28 @@
+"""vLLM's CUDA build with all that is on by default: runner V2, compilation, CUDA graphs."""
+
+import pytest
+from vllm.platforms import current_platform
+
+from tests.engine.conftest import Checkpoint, Engine
+from tests.engine.streaming_llm import StreamingLlama
+from tests.engine.test_exact import TOLERANCE, error, generate, prompts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(not current_platform.is_cuda(), reason="vLLM has no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("rope", "chunk"), [("default", 17), ("llama3", 512)])
+def test_compiled_streams_match_the_paper(
+    checkpoint: Checkpoint, engine: Engine, rope: str, chunk: int
+) -> None:
+    path = checkpoint(rope)
+    sinks, window = 5, 97
+    sink = {"sink_tokens": sinks, "window_tokens": window}
+    compiled = {"enforce_eager": False, "max_num_batched_tokens": chunk, "max_num_seqs": 4}
+    with engine(path, sink, **compiled) as llm:
+        outputs = generate(llm, prompts(313, 101, 204, 11, seed=chunk), max_tokens=130)
+    for output in outputs:
+        assert error(output, StreamingLlama(path, sinks, window)) <= TOLERANCE

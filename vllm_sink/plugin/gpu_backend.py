@@ -1,0 +1,49 @@
+"""Sinks in front of vLLM's Triton backend (vllm/v1/attention/backends/triton_attn.py)."""
+
+from typing import Any, ClassVar
+
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from vllm_sink.attention.interface import Attention
+from vllm_sink.attention.triton import TritonAttention
+from vllm_sink.plugin.backend import SinkAttentionImpl, SinkBackend, SinkMetadataBuilder
+from vllm_sink.plugin.spec import SinkSpec
+
+
+class GPUSinkMetadataBuilder(SinkMetadataBuilder, TritonAttentionMetadataBuilder):
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """The parent shortens streams, for which it takes its own metadata; ours are bounded."""
+        if isinstance(self.kv_cache_spec, SinkSpec):
+            return self.build(0, common_attn_metadata)
+        return super().build_for_cudagraph_capture(common_attn_metadata)
+
+
+class GPUSinkAttentionImpl(SinkAttentionImpl, TritonAttentionImpl):
+    no_window: ClassVar = (-1, -1)
+
+    def make_attention(self) -> Attention:
+        return TritonAttention(current_platform.num_compute_units())
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+
+class GPUSinkBackend(SinkBackend, TritonAttentionBackend):
+    impl_cls = GPUSinkAttentionImpl
+    builder_cls = GPUSinkMetadataBuilder
+
+    @staticmethod
+    def get_name() -> str:
+        return AttentionBackendEnum.CUSTOM.name
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """The fewer the streams of a step, the more splits: sums are rounded elsewhere."""
+        return False
