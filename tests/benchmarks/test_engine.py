@@ -11,13 +11,13 @@ import pytest
 from benchmarks import cli
 from benchmarks.engine import Engine, Worker
 
-PEERS = ("peer_", "llamacpp_server")
+ALONE = ("attention", "llamacpp_server", "peer_")
 
 
 def test_benchmarks_leave_torch_to_their_workers() -> None:
     """Which set its number of threads before they import it."""
     names = [path.stem for path in Path("benchmarks").glob("[!_]*.py")]
-    modules = ", ".join(f"benchmarks.{name}" for name in names if not name.startswith(PEERS))
+    modules = ", ".join(f"benchmarks.{name}" for name in names if not name.startswith(ALONE))
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
