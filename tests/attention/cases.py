@@ -19,6 +19,8 @@ needs_triton = pytest.mark.skipif(
 )
 DEFAULT = Geometry(5, 97)
 H100_PROCESSORS = 132
+FP8_SCALES = (0.25, 0.125)
+"""Of keys and values."""
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
@@ -119,17 +121,32 @@ def paged(attention: Attention, case: Case, given: Inputs, tokens_first: bool = 
 
     `tokens_first`: vLLM's other layout of a block, the same shape by other strides.
     """
-    table, block_size, device = given.batch.block_table, case.block_size, given.query.device
     heads, tokens = (2, 1) if tokens_first else (1, 2)
-    shape = [int(table.max()) + 1, 0, 0, 2 * case.head_size]
-    shape[heads], shape[tokens] = case.kv_heads, block_size
-    storage = torch.full(shape, torch.nan, dtype=given.query.dtype, device=device)
+    shape = [int(given.batch.block_table.max()) + 1, 0, 0, 2 * case.head_size]
+    shape[heads], shape[tokens] = case.kv_heads, case.block_size
+    storage = torch.full(shape, torch.nan, dtype=given.query.dtype, device=given.query.device)
     cache = attention.as_cache(storage.transpose(1, 2) if tokens_first else storage)
-    for row, keys, values in zip(table.long(), given.keys, given.values, strict=True):
-        position = torch.arange(len(keys), device=device)
-        slots = row[position // block_size] * block_size + position % block_size
-        attention.write(keys, values, cache, slots)
+    write_streams(attention, case, given, cache)
     return cache
+
+
+def paged_in_fp8(attention: Attention, case: Case, given: Inputs) -> KVCache:
+    """Keys as quarters and values as eighths, for those that these can hold."""
+    blocks, device = int(given.batch.block_table.max()) + 1, given.query.device
+    shape = (blocks, case.kv_heads, case.block_size, 2 * case.head_size)
+    nan = torch.full(shape, 0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    scales = [torch.tensor(scale, device=device) for scale in FP8_SCALES]
+    cache = replace(attention.as_cache(nan), key_scale=scales[0], value_scale=scales[1])
+    write_streams(attention, case, given, cache)
+    return cache
+
+
+def write_streams(attention: Attention, case: Case, given: Inputs, cache: KVCache) -> None:
+    streams = zip(given.batch.block_table.long(), given.keys, given.values, strict=True)
+    for row, keys, values in streams:
+        position = torch.arange(len(keys), device=keys.device)
+        slots = row[position // case.block_size] * case.block_size + position % case.block_size
+        attention.write(keys, values, cache, slots)
 
 
 def attend(attention: Attention, case: Case, given: Inputs) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks import venvs
-from tests.attention.cases import CASES, H100_PROCESSORS, attend, inputs
+from tests.attention.cases import CASES, H100_PROCESSORS, inputs, over, paged, paged_in_fp8
 
 LAUNCHED = (
     ("decode", torch.bfloat16),
@@ -20,6 +20,15 @@ LAUNCHED = (
     ("head of 256", torch.float32),
 )
 """Cases, and what they are computed in."""
+
+FP8_SINCE = 89
+
+
+def launched(architecture: int) -> list[tuple[str, torch.dtype, bool]]:
+    """With whether the cache is in FP8."""
+    plain = [(*step, False) for step in LAUNCHED]
+    return [*plain, *((*step, True) for step in LAUNCHED if architecture >= FP8_SINCE)]
+
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Of a block at most (CUDA C++ Programming Guide, compute capabilities)."""
@@ -36,6 +45,7 @@ if __name__ == "__main__":
         torch.float32: "*fp32",
         torch.bfloat16: "*bf16",
         torch.float16: "*fp16",
+        torch.float8_e4m3fn: "*fp8e4nv",
         torch.int32: "*i32",
         torch.int64: "*i64",
         float: "fp32",
@@ -81,7 +91,9 @@ if __name__ == "__main__":
 
     for kernel in ("_attend", "_merge", "_write"):
         setattr(ours, kernel, Compiler(getattr(ours, kernel), int(sys.argv[1])))
-    for name, dtype in LAUNCHED:
+    for name, dtype, in_fp8 in launched(int(sys.argv[1])):
         case = CASES[name]
         given = inputs(replace(case, requests=case.requests[:2]), dtype, seed=0)
-        attend(ours.TritonAttention(processors=H100_PROCESSORS), case, given)
+        attention = ours.TritonAttention(processors=H100_PROCESSORS)
+        cache = (paged_in_fp8 if in_fp8 else paged)(attention, case, given)
+        over(cache, attention, case, given)

@@ -3,6 +3,7 @@ tells their layers. The GPU's takes Triton: a GPU, or TRITON_INTERPRET=1.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,9 +113,15 @@ def config(tmp_path: Path) -> VllmConfig:
     ).create_engine_config()
 
 
-def impl(backend: type[SinkBackend], config: VllmConfig, window: int | None, **named: Any) -> Any:
+def impl(
+    backend: type[SinkBackend],
+    config: VllmConfig,
+    window: int | None,
+    kv_cache_dtype: str = "auto",
+    **named: Any,
+) -> Any:
     with set_current_vllm_config(config):
-        return backend.get_impl_cls()(2, 32, 0.2, 1, None, window, "auto", **named)
+        return backend.get_impl_cls()(2, 32, 0.2, 1, None, window, kv_cache_dtype, **named)
 
 
 def test_learned_sinks_are_refused(backend: type[SinkBackend], config: VllmConfig) -> None:
@@ -212,6 +219,21 @@ def test_positions_of_a_mixed_batch() -> None:
     batch = Batch(starts, lens, torch.zeros(4, 4, dtype=torch.int32), 3)
     assert _positions(batch, tokens=6).tolist() == [7, 8, 9, 99, 0, 1]
     assert _positions(batch, tokens=9).tolist()[:6] == [7, 8, 9, 99, 0, 1]
+
+
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+def test_a_gpu_reads_fp8_by_the_scales_of_the_layer(
+    backend: type[SinkBackend], config: VllmConfig
+) -> None:
+    layer = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.25))
+    storage = torch.zeros(3, 1, 16, 64, dtype=torch.uint8)
+    fp8 = impl(backend, config, None, kv_cache_dtype="fp8")
+    cache = fp8.cache_of(layer, storage)
+    assert cache.keys.dtype == cache.values.dtype == torch.float8_e4m3fn
+    assert cache.values.data_ptr() == storage.data_ptr() + 32
+    assert (cache.key_scale, cache.value_scale) == (layer._k_scale, layer._v_scale)
+    assert not fp8.supports_quant_query_input
+    assert impl(backend, config, None).cache_of(layer, storage.float()).key_scale is None
 
 
 @pytest.mark.parametrize("backend", [TRITON], indirect=True)

@@ -234,7 +234,7 @@ def test_platforms(
 ) -> None:
     config = configure(LLAMA, {"policy": "full"})
     monkeypatch.setattr(CpuPlatform, "device_name", platform)
-    sentence = f"^device={platform}: not supported with sinks; accepted are cpu and cuda$"
+    sentence = f"^device={platform}: not supported with sinks; accepted are cpu, cuda$"
     with nullcontext() if accepted else pytest.raises(SettingsError, match=sentence):
         check(config)
 
@@ -261,6 +261,18 @@ def test_a_gpu_needs_our_backend(
     monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: True)
     sentence = f"^attention_backend={refused}.*: would evict nothing; .* on a GPU is CUSTOM$"
     with pytest.raises(SettingsError, match=sentence) if refused else nullcontext():
+        check(config)
+
+
+@pytest.mark.parametrize(("dtype", "accepted"), [("fp8", True), ("fp8_e5m2", False)])
+def test_a_gpu_stores_fp8(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, dtype: str, accepted: bool
+) -> None:
+    config = configure(LLAMA, FITS)
+    config.cache_config.cache_dtype = dtype
+    monkeypatch.setattr(CpuPlatform, "device_name", "cuda")
+    sentence = f"^kv_cache_dtype={dtype}: .*; accepted are auto, fp8, fp8_e4m3$"
+    with nullcontext() if accepted else pytest.raises(SettingsError, match=sentence):
         check(config)
 
 

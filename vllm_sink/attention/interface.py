@@ -26,6 +26,10 @@ class KVCache:
     """[blocks, kv_heads, block_size, head_size]"""
     values: torch.Tensor
     """[blocks, kv_heads, block_size, head_size]"""
+    key_scale: torch.Tensor | None = None
+    """[] float32: what a stored key is multiplied by; None for 1. The GPU's alone."""
+    value_scale: torch.Tensor | None = None
+    """Of values, alike."""
 
 
 @dataclass(frozen=True)

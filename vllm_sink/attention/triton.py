@@ -87,7 +87,7 @@ def _fold(
         keys + key_at[None, :] + dim[:, None],
         mask=loaded[None, :] & in_head[:, None],
         other=0.0,
-    )
+    ).to(query.dtype)
     score = tl.dot(query, key, input_precision=PRECISION) * scale
     if SOFT_CAP:
         # tanh, which has no name that GPUs and the interpreter share.
@@ -107,7 +107,7 @@ def _fold(
         values + value_at[:, None] + dim[None, :],
         mask=loaded[:, None] & in_head[None, :],
         other=0.0,
-    )
+    ).to(query.dtype)
     out = out * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
     return new_top, total, out
 
@@ -119,6 +119,8 @@ def _attend(
     query,
     keys,
     values,
+    key_scale,
+    value_scale,
     query_start_loc,
     seq_lens,
     block_table,
@@ -157,8 +159,9 @@ def _attend(
 ):
     """Grid: tiles, KV heads, splits.
 
-    query, out [tokens, heads, head]; turn [tokens, rotary_dim] float32 or None. With splits, out
-    is [tokens, heads, splits, head_padded] float32, weighed by lse [tokens, heads, splits], base 2.
+    query, out [tokens, heads, head]; turn [tokens, rotary_dim] float32 or None; key_scale,
+    value_scale [] float32 or None. With splits, out is [tokens, heads, splits, head_padded]
+    float32, weighed by lse [tokens, heads, splits], base 2.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -189,6 +192,8 @@ def _attend(
     query_row = query + token * query_stride + head * query_head_stride
     own = in_tile[:, None] & in_head[None, :]
     plain = tl.load(query_row[:, None] + dim[None, :], mask=own, other=0.0)
+    if key_scale is not None:
+        scale *= tl.load(key_scale)
     slopes = tl.zeros([TILE_ROWS], tl.float32)
     if ALIBI:
         slopes = tl.load(alibi_slopes + head, mask=in_tile, other=0.0)
@@ -286,6 +291,8 @@ def _attend(
             PRECISION,
         )
 
+    if value_scale is not None:
+        sums *= tl.load(value_scale)
     if SPLITS == 1:
         at = (token * HEADS + head) * HEAD_SIZE
         tl.store(
@@ -332,6 +339,8 @@ def _write(
     value,
     keys,
     values,
+    key_scale,
+    value_scale,
     slots,
     key_stride,
     value_stride,
@@ -357,10 +366,14 @@ def _write(
     in_head = dim < HEAD_SIZE
     k = tl.load(key + token * key_stride + head * HEAD_SIZE + dim, in_head)
     v = tl.load(value + token * value_stride + head * HEAD_SIZE + dim, in_head)
+    if key_scale is not None:
+        k = k.to(tl.float32) / tl.load(key_scale)
+    if value_scale is not None:
+        v = v.to(tl.float32) / tl.load(value_scale)
     key_at = block * key_block_stride + head * key_head_stride + offset * key_token_stride
     value_at = block * value_block_stride + head * value_head_stride + offset * value_token_stride
-    tl.store(keys + key_at + dim, k, in_head)
-    tl.store(values + value_at + dim, v, in_head)
+    tl.store(keys + key_at + dim, k.to(keys.dtype.element_ty), in_head)
+    tl.store(values + value_at + dim, v.to(values.dtype.element_ty), in_head)
 
 
 @dataclass(frozen=True)
@@ -395,7 +408,10 @@ class Tiling:
 
 @dataclass(frozen=True)
 class TritonAttention:
-    """An `Attention` of queries in float32, bfloat16 or float16, accumulated in float32."""
+    """An `Attention` of queries in float32, bfloat16 or float16, accumulated in float32.
+
+    The cache is of the same dtype, or of a narrower one with scales.
+    """
 
     processors: int
     """Streaming multiprocessors of the GPU."""
@@ -414,6 +430,8 @@ class TritonAttention:
             value,
             cache.keys,
             cache.values,
+            cache.key_scale,
+            cache.value_scale,
             slots,
             key.stride(0),
             value.stride(0),
@@ -452,6 +470,8 @@ class TritonAttention:
             query,
             cache.keys,
             cache.values,
+            cache.key_scale,
+            cache.value_scale,
             batch.query_start_loc,
             batch.seq_lens,
             batch.block_table,

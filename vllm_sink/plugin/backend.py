@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from vllm_sink.attention.interface import Attention, Batch, Scoring, SinkTurn
+from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, SinkTurn
 from vllm_sink.geometry import Geometry
 from vllm_sink.plugin.config import current_settings, settings_of
 from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
@@ -117,6 +117,9 @@ class SinkAttentionImpl(AttentionImpl[Any]):
     def make_attention(self) -> Attention:
         """What computes layers without a window of their own."""
 
+    def cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> KVCache:
+        return self.attention.as_cache(kv_cache)
+
     @property
     def has_own_window(self) -> bool:
         return bool(self.sliding_window != self.no_window)
@@ -140,7 +143,7 @@ class SinkAttentionImpl(AttentionImpl[Any]):
             )
         self.attention.attend(
             query,
-            self.attention.as_cache(kv_cache),
+            self.cache_of(layer, kv_cache),
             attn_metadata.batch,
             attn_metadata.geometry,
             self.scoring,
@@ -151,7 +154,7 @@ class SinkAttentionImpl(AttentionImpl[Any]):
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -160,7 +163,7 @@ class SinkAttentionImpl(AttentionImpl[Any]):
         if self.has_own_window:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         else:
-            self.attention.write(key, value, self.attention.as_cache(kv_cache), slot_mapping)
+            self.attention.write(key, value, self.cache_of(layer, kv_cache), slot_mapping)
 
 
 class SinkBackend(AttentionBackend):

@@ -45,8 +45,8 @@ instead. Turning a query back for its sinks takes that, and it cannot be seen fr
 models skip the rotation in some layers, or scale, normalise or split what was rotated.
 """
 
-PLATFORMS = ("cpu", "cuda")
-"""`device_name` of vLLM's platforms that have a backend of ours."""
+CACHE_DTYPES = {"cpu": ("auto",), "cuda": ("auto", "fp8", "fp8_e4m3")}
+"""What a backend of ours stores, by the `device_name` of vLLM's platform."""
 
 SCALED_BY_POSITION = ("attn_temperature_tuning", "dual_chunk_attention_config", "llama_4_scaling")
 """Config keys that make attention depend on the stream position itself, not on distances."""
@@ -139,24 +139,22 @@ def _check_layers(model_config: ModelConfig) -> None:
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    refused = {
-        "kv_cache_dtype": (vllm_config.cache_config.cache_dtype, "auto"),
-        "speculative_config": (vllm_config.speculative_config, None),
-        "kv_transfer_config": (vllm_config.kv_transfer_config, None),
-        "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
-        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
-    }
-    if current_platform.device_name not in PLATFORMS:
+    parallel, device = vllm_config.parallel_config, current_platform.device_name
+    _accept("device", device, *CACHE_DTYPES)
+    _accept("kv_cache_dtype", vllm_config.cache_config.cache_dtype, *CACHE_DTYPES[device])
+    _accept("speculative_config", vllm_config.speculative_config, None)
+    _accept("kv_transfer_config", vllm_config.kv_transfer_config, None)
+    _accept("decode_context_parallel_size", parallel.decode_context_parallel_size, 1)
+    _accept("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1)
+
+
+def _accept(setting: str, value: Any, *accepted: Any) -> None:
+    if value not in accepted:
+        are = "is" if len(accepted) == 1 else "are"
         raise SettingsError(
-            f"device={current_platform.device_name}: not supported with sinks; "
-            f"accepted are {' and '.join(PLATFORMS)}"
+            f"{setting}={value}: not supported with sinks; "
+            f"accepted {are} {', '.join(map(str, accepted))}"
         )
-    for setting, (value, accepted) in refused.items():
-        if value != accepted:
-            raise SettingsError(
-                f"{setting}={value}: not supported with sinks; accepted is {accepted}"
-            )
 
 
 def _check_backend(vllm_config: VllmConfig) -> None:

@@ -1,8 +1,12 @@
 """Sinks in front of vLLM's Triton backend (vllm/v1/attention/backends/triton_attn.py)."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
+from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import (
@@ -11,7 +15,7 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from vllm_sink.attention.interface import Attention
+from vllm_sink.attention.interface import Attention, KVCache
 from vllm_sink.attention.triton import TritonAttention
 from vllm_sink.plugin.backend import SinkAttentionImpl, SinkBackend, SinkMetadataBuilder
 from vllm_sink.plugin.spec import SinkSpec
@@ -28,8 +32,19 @@ class GPUSinkMetadataBuilder(SinkMetadataBuilder, TritonAttentionMetadataBuilder
 class GPUSinkAttentionImpl(SinkAttentionImpl, TritonAttentionImpl):
     no_window: ClassVar = (-1, -1)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Queries stay as they are beside keys in FP8: they are yet to be turned.
+        self.supports_quant_query_input = False
+
     def make_attention(self) -> Attention:
         return TritonAttention(current_platform.num_compute_units())
+
+    def cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> KVCache:
+        if not is_quantized_kv_cache(self.kv_cache_dtype):
+            return super().cache_of(layer, kv_cache)
+        cache = self.attention.as_cache(kv_cache.view(self.fp8_dtype))
+        return replace(cache, key_scale=layer._k_scale, value_scale=layer._v_scale)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return False
