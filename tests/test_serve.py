@@ -136,11 +136,36 @@ def test_a_gpu_is_served_with_our_backend_unless_told(
     model: Path, asked: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert completed("--model", model, *asked).attention_backend in (None, "FLASH_ATTN")
-    gpu = SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False)
-    monkeypatch.setattr(serve, "current_platform", gpu)
+    monkeypatch.setattr(serve, "current_platform", gpu_of(80 * 2**30))
     args = completed("--model", model, *asked)
     assert args.attention_backend == expected
     assert args.kv_cache_memory_bytes is None
+
+
+def gpu_of(memory_bytes: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_total_memory=lambda: memory_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "block_size", "expected"),
+    [(80, [], STREAM_CAPACITY), (8, [], 2**20), (8, ["--block-size", 32], 2**21)],
+)
+def test_capacity_is_what_block_tables_of_a_gpu_hold(
+    model: Path,
+    memory_gib: int,
+    block_size: list[object],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8 bytes a block of each of 256 streams, in one part of 64: 8 GiB have room for 65,536."""
+    monkeypatch.setattr(serve, "current_platform", gpu_of(memory_gib * 2**30))
+    monkeypatch.setattr(serve, "ROWS_SHARE", 1)
+    args = completed("--model", model, "--max-num-seqs", 256, *block_size)
+    assert args.max_model_len == expected
 
 
 def test_window_policy_has_the_whole_cache(model: Path) -> None:

@@ -28,10 +28,14 @@ CACHE_TOKENS = 2048
 STREAM_CAPACITY = 4 * 2**20
 """Tokens a stream may grow to by default."""
 BYTES_A_STREAM_TOKEN = 5
-"""vLLM's model runner keeps a token id and a flag for every position of every stream
-(vllm/v1/worker/gpu_input_batch.py)."""
+"""vLLM's model runners keep a token id for every position of every stream, and V1 a flag beside it
+(vllm/v1/worker/gpu_input_batch.py, vllm/v1/worker/gpu/states.py)."""
 ROWS_SHARE = 8
 """Those rows may take one part in so many of the free memory."""
+BYTES_A_STREAM_BLOCK = 8
+"""On a GPU vLLM keeps two block tables (vllm/v1/worker/gpu/block_table.py), ..."""
+TABLES_SHARE = 64
+"""... out of what `gpu_memory_utilization` leaves: one part in so many of the GPU's memory."""
 CPU_KV_SHARE = 4
 """On a CPU, whose memory is not the server's alone, so may the KV pool."""
 
@@ -126,13 +130,17 @@ def settings_from(args: Namespace, model_config: ModelConfig) -> SinkSettings:
 
 
 def stream_capacity(args: Namespace, model_config: ModelConfig) -> int:
-    """`STREAM_CAPACITY`, or what the rows of `max_num_seqs` streams leave of free memory."""
+    """`STREAM_CAPACITY`, or what the rows and tables of `max_num_seqs` streams leave of memory."""
     streams = args.max_num_seqs
     if streams is None:
         _, defaults = AsyncEngineArgs.get_batch_defaults(world_size=1)
         streams = defaults[UsageContext.OPENAI_API_SERVER]
-    affordable = psutil.virtual_memory().available // ROWS_SHARE
-    capacity = min(STREAM_CAPACITY, affordable // (BYTES_A_STREAM_TOKEN * streams))
+    rows = psutil.virtual_memory().available // ROWS_SHARE
+    capacity = min(STREAM_CAPACITY, rows // (BYTES_A_STREAM_TOKEN * streams))
+    if current_platform.is_cuda():
+        tables = current_platform.get_device_total_memory() // TABLES_SHARE
+        block_size = args.block_size or CacheConfig.DEFAULT_BLOCK_SIZE
+        capacity = min(capacity, tables // (BYTES_A_STREAM_BLOCK * streams) * block_size)
     return max(capacity, trained_context(model_config))
 
 

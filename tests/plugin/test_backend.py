@@ -14,6 +14,8 @@ from vllm import EngineArgs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -132,6 +134,13 @@ def test_learned_sinks_are_refused(backend: type[SinkBackend], config: VllmConfi
         impl(backend, config, None, sinks=torch.zeros(2))
 
 
+def test_a_cache_that_a_checkpoint_asks_for_is_refused_too(
+    backend: type[SinkBackend], config: VllmConfig
+) -> None:
+    with pytest.raises(SettingsError, match=r"^kv_cache_dtype=fp8: .*; accepted is auto$"):
+        impl(backend, config, None, kv_cache_dtype="fp8")
+
+
 def test_a_layer_knows_a_window_of_its_own(backend: type[SinkBackend], config: VllmConfig) -> None:
     assert not impl(backend, config, window=None).has_own_window
     assert impl(backend, config, window=48).has_own_window
@@ -189,11 +198,11 @@ def test_rows_stay_where_a_cuda_graph_found_them(
     backend: type[SinkBackend], config: VllmConfig
 ) -> None:
     builder = builder_of(backend, config)
-    captured = builder.build_for_cudagraph_capture(step([(1, 1)] * 4))
+    captured = builder.build_for_cudagraph_capture(step([(1, 1), (1, 1), (1, 9), (1, 1)]))
     assert len(turn_of(captured).rows) == 4
     replayed = builder.build(0, step([(1, 200), (1, 300)]))
     assert turn_of(replayed).rows.data_ptr() == turn_of(captured).rows.data_ptr()
-    assert captured.batch.seq_lens.tolist() == [1] * 4
+    assert captured.batch.seq_lens.tolist() == [1, 1, 9, 1]
 
 
 def test_building_a_step_does_not_wait_for_the_device(
@@ -223,8 +232,9 @@ def test_positions_of_a_mixed_batch() -> None:
 
 @pytest.mark.parametrize("backend", [TRITON], indirect=True)
 def test_a_gpu_reads_fp8_by_the_scales_of_the_layer(
-    backend: type[SinkBackend], config: VllmConfig
+    backend: type[SinkBackend], config: VllmConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(CpuPlatform, "device_name", "cuda")
     layer = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.25))
     storage = torch.zeros(3, 1, 16, 64, dtype=torch.uint8)
     fp8 = impl(backend, config, None, kv_cache_dtype="fp8")
@@ -241,4 +251,38 @@ def test_a_gpu_finds_ours_by_the_name_of_the_flag(backend: type[SinkBackend]) ->
     register()
     assert AttentionBackendEnum.CUSTOM.get_class() is backend
     assert backend.get_name() == AttentionBackendEnum.CUSTOM.name
-    assert not backend.supports_batch_invariance()
+
+
+@pytest.mark.parametrize("backend", [TRITON], indirect=True)
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({}, None),
+        ({"kv_cache_dtype": "fp8"}, None),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"use_batch_invariant": True}, "batch invariance not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"use_rswa": True}, "R-SWA"),
+        ({"use_mm_prefix": True}, "multimodal"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+    ],
+    ids=str,
+)
+def test_vllm_hears_what_ours_cannot(
+    backend: type[SinkBackend], asked: dict[str, Any], reason: str | None
+) -> None:
+    usual = {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 16,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": DeviceCapability(9, 0),
+        "attn_type": "decoder",
+    }
+    reasons = backend.validate_configuration(**(usual | asked))
+    assert reason in reasons[0] if reason else reasons == []

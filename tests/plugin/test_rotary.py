@@ -29,6 +29,7 @@ from vllm.model_executor.layers import rotary_embedding as stock
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_sink.plugin.rotary import (
@@ -197,6 +198,17 @@ def test_kernel_and_native_forms_agree_far_out(engine: Any, rope: str, dtype: to
                 turned += [rope_of(rope, dtype, is_neox_style)(positions + 10**9, query, key)]
         for kernel, native in zip(*turned, strict=True):
             torch.testing.assert_close(kernel, native, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("on_gpu", "sink"), [(True, {}), (False, {}), (True, None)], ids=str)
+def test_a_gpu_computes_angles_once_a_token(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, on_gpu: bool, sink: dict[str, Any] | None
+) -> None:
+    """By vLLM's kernel, where Inductor would have it otherwise; stock keeps Inductor's way."""
+    with engine(sink, custom_ops="none"):
+        rotary = rope_of("default")
+        monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: on_gpu)
+        assert rotary.enabled() is (on_gpu and sink is not None)
 
 
 @KERNELS

@@ -111,8 +111,10 @@ PARAMETERS = {
     f"{TRITON}Impl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
     f"{TRITON}Impl.fused_output_quant_supported": "self quant_key",
     "vllm.platforms.interface:Platform.num_compute_units": "device_id",
+    "vllm.platforms.interface:Platform.get_device_total_memory": "device_id",
     # plugin/rotary.py
     "vllm.model_executor.custom_op:CustomOp.register_oot": "_decorated_op_cls name",
+    "vllm.model_executor.custom_op:CustomOp.enabled": "",
     "vllm._custom_ops:rotary_embedding": "positions query key head_size cos_sin_cache is_neox "
     "rope_dim_offset inverse",
     f"{ROTARY}:get_rope": "head_size max_position is_neox_style rope_parameters dtype "
@@ -157,9 +159,10 @@ HELD = {
     f"{POOL}": "num_gpu_blocks hash_block_size",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "query_start_loc seq_lens "
     "block_table_tensor max_query_len max_seq_len num_actual_tokens",
-    f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window sinks",
+    f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window kv_cache_dtype sinks",
     f"{CPU}MetadataBuilder": "kv_cache_spec",
-    f"{TRITON}Impl": "scale logits_soft_cap alibi_slopes sliding_window sinks",
+    f"{TRITON}Impl": "scale logits_soft_cap alibi_slopes sliding_window kv_cache_dtype fp8_dtype "
+    "supports_quant_query_input sinks",
     f"{TRITON}MetadataBuilder": "kv_cache_spec",
     "vllm.model_executor.layers.attention:Attention": "impl layer_name",
     f"{ROTARY}:RotaryEmbedding": "head_size rotary_dim is_neox_style dtype cos_sin_cache",
@@ -174,13 +177,13 @@ HELD = {
     MODEL_CONFIG: "architecture attn_type hf_text_config is_mm_prefix_lm is_submodel_config "
     "max_model_len model model_arch_config use_mla uses_mrope",
     "vllm.config.model_arch:ModelArchitectureConfig": "derived_max_model_len_and_key",
-    "vllm.config:CacheConfig": "cache_dtype kv_cache_memory_bytes",
+    "vllm.config:CacheConfig": "DEFAULT_BLOCK_SIZE cache_dtype kv_cache_memory_bytes",
     "vllm.config:ParallelConfig": "decode_context_parallel_size prefill_context_parallel_size",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.config:SchedulerConfig": "max_num_batched_tokens",
     "vllm.platforms.cpu:CpuPlatform": "is_cpu is_cuda device_name",
-    ENGINE_ARGS: "additional_config attention_backend attention_config kv_cache_memory_bytes "
-    "max_model_len max_num_seqs model",
+    ENGINE_ARGS: "additional_config attention_backend attention_config block_size "
+    "kv_cache_memory_bytes max_model_len max_num_seqs model",
 }
 """By class: fields, properties and attributes of its instances that we read."""
 

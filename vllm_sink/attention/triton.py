@@ -342,8 +342,10 @@ def _write(
     key_scale,
     value_scale,
     slots,
-    key_stride,
-    value_stride,
+    new_key_stride,
+    new_key_head_stride,
+    new_value_stride,
+    new_value_head_stride,
     key_block_stride,
     key_head_stride,
     key_token_stride,
@@ -364,8 +366,8 @@ def _write(
     offset = slot % BLOCK_SIZE
     dim = tl.arange(0, HEAD_PADDED)
     in_head = dim < HEAD_SIZE
-    k = tl.load(key + token * key_stride + head * HEAD_SIZE + dim, in_head)
-    v = tl.load(value + token * value_stride + head * HEAD_SIZE + dim, in_head)
+    k = tl.load(key + token * new_key_stride + head * new_key_head_stride + dim, in_head)
+    v = tl.load(value + token * new_value_stride + head * new_value_head_stride + dim, in_head)
     if key_scale is not None:
         k = k.to(tl.float32) / tl.load(key_scale)
     if value_scale is not None:
@@ -424,7 +426,7 @@ class TritonAttention:
         self, key: torch.Tensor, value: torch.Tensor, cache: KVCache, slots: torch.Tensor
     ) -> None:
         _, kv_heads, block_size, head_size = cache.keys.shape
-        assert key.stride()[1:] == value.stride()[1:] == (head_size, 1)
+        assert key.stride(2) == value.stride(2) == 1
         _write[len(slots), kv_heads](
             key,
             value,
@@ -433,8 +435,8 @@ class TritonAttention:
             cache.key_scale,
             cache.value_scale,
             slots,
-            key.stride(0),
-            value.stride(0),
+            *key.stride()[:2],
+            *value.stride()[:2],
             *cache.keys.stride()[:3],
             *cache.values.stride()[:3],
             block_size,

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, SinkTurn
 from vllm_sink.geometry import Geometry
+from vllm_sink.plugin.check import accept_cache_dtype
 from vllm_sink.plugin.config import current_settings, settings_of
 from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
 from vllm_sink.plugin.spec import SinkSpec
@@ -40,7 +41,7 @@ class SinkMetadata:
 
 
 class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Nothing here waits for the device, and rows lie where CUDA graphs found them."""
+    """Nothing here waits for the device. Rows lie in one buffer, whose address CUDA graphs hold."""
 
     def __init__(
         self,
@@ -54,11 +55,11 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
         rotaries = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
         settings = settings_of(vllm_config)
         assert settings is not None
-        turned = settings.reindex and isinstance(kv_cache_spec, SinkSpec) and settings.sinks
-        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and turned}
+        has_turns = isinstance(kv_cache_spec, SinkSpec) and settings.sinks > 0 and settings.reindex
+        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and has_turns}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.rows = {
-            rotary: torch.empty(tokens, rotary.rotary_dim, device=device)
+            rotary: torch.empty(tokens, rotary.rotary_dim, dtype=torch.float32, device=device)
             for rotary in set(self.rotaries.values())
         }
 
@@ -103,6 +104,8 @@ class SinkAttentionImpl(AttentionImpl[Any]):
         super().__init__(*args, **kwargs)
         settings = current_settings()
         assert settings is not None
+        # A checkpoint may ask for another one after the engine's config was checked.
+        accept_cache_dtype(self.kv_cache_dtype)
         if self.sinks is not None:
             raise SettingsError(
                 f"sink.policy={settings.policy!r}: this model's attention has learned sinks; "

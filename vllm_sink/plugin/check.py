@@ -139,13 +139,18 @@ def _check_layers(model_config: ModelConfig) -> None:
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
-    parallel, device = vllm_config.parallel_config, current_platform.device_name
-    _accept("device", device, *CACHE_DTYPES)
-    _accept("kv_cache_dtype", vllm_config.cache_config.cache_dtype, *CACHE_DTYPES[device])
+    parallel = vllm_config.parallel_config
+    _accept("device", current_platform.device_name, *CACHE_DTYPES)
+    accept_cache_dtype(vllm_config.cache_config.cache_dtype)
     _accept("speculative_config", vllm_config.speculative_config, None)
     _accept("kv_transfer_config", vllm_config.kv_transfer_config, None)
     _accept("decode_context_parallel_size", parallel.decode_context_parallel_size, 1)
     _accept("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1)
+
+
+def accept_cache_dtype(dtype: str) -> None:
+    """Raise `SettingsError` if no backend of ours stores it on this platform."""
+    _accept("kv_cache_dtype", dtype, *CACHE_DTYPES[current_platform.device_name])
 
 
 def _accept(setting: str, value: Any, *accepted: Any) -> None:

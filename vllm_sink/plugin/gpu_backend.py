@@ -7,7 +7,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm_sink.attention.interface import Attention, KVCache
 from vllm_sink.attention.triton import TritonAttention
 from vllm_sink.plugin.backend import SinkAttentionImpl, SinkBackend, SinkMetadataBuilder
+from vllm_sink.plugin.check import CACHE_DTYPES
 from vllm_sink.plugin.spec import SinkSpec
 
 
@@ -58,7 +59,12 @@ class GPUSinkBackend(SinkBackend, TritonAttentionBackend):
     def get_name() -> str:
         return AttentionBackendEnum.CUSTOM.name
 
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """The fewer the streams of a step, the more splits: sums are rounded elsewhere."""
-        return False
+    # What the parent's kernel can do and ours cannot.
+    supported_kv_cache_dtypes: ClassVar = list(CACHE_DTYPES["cuda"])
+    supports_alibi_sqrt = AttentionBackend.supports_alibi_sqrt
+    supports_attn_type = AttentionBackend.supports_attn_type
+    supports_mm_prefix = AttentionBackend.supports_mm_prefix
+    supports_non_causal = AttentionBackend.supports_non_causal
+    supports_rswa = AttentionBackend.supports_rswa
+    # The fewer the streams of a step, the more splits, and each rounds sums elsewhere.
+    supports_batch_invariance = AttentionBackend.supports_batch_invariance

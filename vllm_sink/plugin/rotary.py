@@ -26,6 +26,7 @@ from vllm.model_executor.layers.rotary_embedding import (
     RotaryEmbedding,
     YaRNScalingRotaryEmbedding,
 )
+from vllm.platforms import current_platform
 
 from vllm_sink.plugin.config import current_settings
 from vllm_sink.rotary import cos_sin
@@ -90,17 +91,26 @@ class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
         cos, sin = self.rows(positions, self.dtype).chunk(2, dim=-1)
         return cos, sin
 
+    @classmethod
+    def enabled(cls) -> bool:
+        """On a GPU beside Inductor too, which may compute float64 angles anew for every head."""
+        return current_platform.is_cuda() or super().enabled()
+
     def forward_native(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _forward_native(self, positions, query, key)
+        """Stock's traceable form, with a table of one row for each token."""
+        rows, places = _rows_and_places(self, positions, query.dtype)
+        turned: tuple[torch.Tensor, torch.Tensor | None] = self.forward_static(
+            places, query, key, self.head_size, self.rotary_dim, rows, self.is_neox_style
+        )
+        return turned
 
     def forward_cuda(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Turns query and key in place, with vLLM's kernel for the platform."""
-        rows = self.rows(positions, query.dtype)
-        places = torch.arange(rows.shape[0], device=rows.device)
+        rows, places = _rows_and_places(self, positions, query.dtype)
         ops.rotary_embedding(places, query, key, self.head_size, rows, self.is_neox_style)
         return query, key
 
@@ -142,7 +152,10 @@ class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
         key: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _forward_native(self, positions, query, key)
+        """Turns query and key in place."""
+        rows, places = _rows_and_places(self, positions, query.dtype)
+        ops.rotary_embedding(places, query, key, self.head_size, rows, self.is_neox_style)
+        return query, key
 
 
 class UnboundedGPTNeoX(UnboundedRotary):
@@ -247,16 +260,9 @@ def _visible_positions() -> int | None:
     return max_model_len
 
 
-def _forward_native(
-    rotary: UnboundedRotaryEmbedding | UnboundedLongRoPE,
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stock's traceable form, with a table of one row for each token."""
-    rows = rotary.rows(positions, query.dtype)
-    places = torch.arange(rows.shape[0], device=rows.device)
-    turned: tuple[torch.Tensor, torch.Tensor | None] = RotaryEmbedding.forward_static(
-        places, query, key, rotary.head_size, rotary.rotary_dim, rows, rotary.is_neox_style
-    )
-    return turned
+def _rows_and_places(
+    rotary: UnboundedRotary, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of a table and positions in it: a table of one row for each token."""
+    rows = rotary.rows(positions, dtype)
+    return rows, torch.arange(len(rows), device=rows.device)
