@@ -55,7 +55,7 @@ test-fast: install venvs
 # Resolves anew, to the newest versions that fit; `make install` then brings .venv up to the result.
 lock: install
 	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.lock
-	$(COMPILE) pyproject.toml --extra dev requirements/lock.in \
+	$(COMPILE) pyproject.toml --extra dev --extra cpu requirements/lock.in \
 		--excludes requirements/excluded.in --excludes requirements/lock_excluded.in \
 		-o requirements/python.lock
 	for name in requirements/venvs/*.in; do \
