@@ -12,7 +12,6 @@ import psutil
 from vllm import AsyncEngineArgs
 from vllm.config import CacheConfig, ModelConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -21,6 +20,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_sink import cpu, embedded
 from vllm_sink.plugin.check import trained_context
 from vllm_sink.settings import Policy, SettingsError, SinkSettings
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser
+except ModuleNotFoundError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 PROGRAM = "python -m vllm_sink.serve"
 CACHE_TOKENS = 2048

@@ -146,7 +146,7 @@ PARAMETERS = {
     f"{ENGINE_ARGS}.from_cli_args": "args",
     f"{ENGINE_ARGS}.create_model_config": "self",
     f"{ENGINE_ARGS}.get_batch_defaults": "world_size",
-    "vllm.entrypoints.launchers.cli_args:make_arg_parser": "parser",
+    "vllm_sink.serve:make_arg_parser": "parser",
     f"{SERVE}.validate": "self args",
     f"{SERVE}.cmd": "args",
 }
@@ -309,6 +309,11 @@ def test_streams_are_admitted_by_their_own_bound(sink_spec: SinkSpec) -> None:
         sink_spec.max_admission_blocks_per_request(64, 10**6),
         manager.max_admission_blocks_per_request,
     )
+
+
+def test_no_worker_hides_what_lies_below_the_window(sink_spec: SinkSpec) -> None:
+    """vLLM 0.33's GPU worker asks; 0.32 has nothing of the kind."""
+    assert sink_spec.num_retained_tokens == 0
 
 
 def test_the_cpu_platform_picks_our_backend() -> None:

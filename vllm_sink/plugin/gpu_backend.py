@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 import torch
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import (
@@ -42,7 +41,7 @@ class GPUSinkAttentionImpl(SinkAttentionImpl, TritonAttentionImpl):
         return TritonAttention(current_platform.num_compute_units())
 
     def cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> KVCache:
-        if not is_quantized_kv_cache(self.kv_cache_dtype):
+        if self.kv_cache_dtype == "auto":
             return super().cache_of(layer, kv_cache)
         cache = self.attention.as_cache(kv_cache.view(self.fp8_dtype))
         return replace(cache, key_scale=layer._k_scale, value_scale=layer._v_scale)

@@ -36,6 +36,15 @@ class SinkSpec(SlidingWindowSpec):
     def geometry(self) -> Geometry:
         return Geometry(self.sink_tokens, self.sliding_window)
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """0: no entry of a block table is to be nulled.
+
+        vLLM 0.33's GPU worker nulls those below a sliding window, where sinks are, lest a tile of
+        keys begin in a freed block; ours never do (vllm/v1/worker/gpu/block_table.py).
+        """
+        return 0
+
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:
