@@ -129,6 +129,10 @@ def test_no_bfloat16_on_a_cpu_that_is_slow_in_it(
         (["--attention-backend", "FLASH_ATTN"], "FLASH_ATTN"),
         (["--attention-config", '{"backend": "FLASH_ATTN"}'], None),
         (["--attention-config", '{"backend_per_kind": {"full_attention": "CUSTOM"}}'], None),
+        (
+            ["--attention-config", '{"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}'],
+            "CUSTOM",
+        ),
     ],
     ids=str,
 )

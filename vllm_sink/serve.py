@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sink import cpu, embedded
-from vllm_sink.plugin.check import trained_context
+from vllm_sink.plugin.check import full_attention_backend, trained_context
 from vllm_sink.settings import Policy, SettingsError, SinkSettings
 
 try:
@@ -99,8 +99,7 @@ def fill_in_defaults(args: Namespace) -> None:
     model_config = AsyncEngineArgs.from_cli_args(args).create_model_config()
     settings = settings_from(args, model_config)
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
-    attention = args.attention_config
-    chosen = args.attention_backend or attention.backend or attention.backend_per_kind
+    chosen = args.attention_backend or full_attention_backend(args.attention_config)
     if current_platform.is_cuda() and settings.evicts and not chosen:
         args.attention_backend = AttentionBackendEnum.CUSTOM.name
     if args.max_model_len is None and settings.evicts:

@@ -1,4 +1,4 @@
-"""vLLM's CUDA build with all that is on by default: runner V2, compilation, CUDA graphs."""
+"""vLLM's CUDA build, compiled and with CUDA graphs, on either of its model runners."""
 
 import pytest
 

@@ -79,7 +79,7 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
             common_attn_metadata.max_query_len,
         )
         geometry, tokens = self.kv_cache_spec.geometry, common_attn_metadata.num_actual_tokens
-        if common_attn_metadata.max_seq_len > geometry.window:
+        if self.rows and common_attn_metadata.max_seq_len > geometry.window:
             self._fill_rows(batch, geometry, tokens)
         turns = {
             rotary: SinkTurn(rows[:tokens], rotary.is_neox_style)
@@ -89,8 +89,6 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
         return SinkMetadata(batch, geometry, by_layer)
 
     def _fill_rows(self, batch: Batch, geometry: Geometry, tokens: int) -> None:
-        if not self.rows:
-            return
         evicted = (_positions(batch, tokens) + 1 - geometry.window - geometry.sinks).clamp(min=0)
         for rotary, rows in self.rows.items():
             rows[:tokens] = cos_sin(-evicted, rotary.inv_freq)

@@ -9,7 +9,7 @@ from functools import wraps
 from math import inf
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
@@ -89,6 +89,12 @@ def trained_context(model_config: ModelConfig) -> int:
     return UNKNOWN_CONTEXT if tokens == inf else int(tokens)
 
 
+def full_attention_backend(attention: AttentionConfig) -> AttentionBackendEnum | None:
+    """What is asked for layers of full attention, if anything (vllm/v1/attention/selector.py)."""
+    kind = KVCacheSpecKind.FULL_ATTENTION.value
+    return attention.backend_per_kind.get(kind, attention.backend)
+
+
 def _check_model(model_config: ModelConfig) -> None:
     kind = _unfit_attention(model_config)
     if kind:
@@ -164,9 +170,7 @@ def _accept(setting: str, value: Any, *accepted: Any) -> None:
 
 def _check_backend(vllm_config: VllmConfig) -> None:
     """On a GPU another backend than ours would evict nothing; on a CPU there is no other."""
-    attention = vllm_config.attention_config
-    full = KVCacheSpecKind.FULL_ATTENTION.value
-    backend = attention.backend_per_kind.get(full, attention.backend)
+    backend = full_attention_backend(vllm_config.attention_config)
     ours = AttentionBackendEnum.CUSTOM
     if current_platform.is_cuda() and backend is not ours:
         raise SettingsError(

@@ -109,10 +109,7 @@ class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
     def forward_cuda(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turns query and key in place, with vLLM's kernel for the platform."""
-        rows, places = _rows_and_places(self, positions, query.dtype)
-        ops.rotary_embedding(places, query, key, self.head_size, rows, self.is_neox_style)
-        return query, key
+        return _turn_in_place(self, positions, query, key)
 
     forward_cpu = forward_cuda
     forward_hip = forward_cuda
@@ -152,10 +149,7 @@ class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
         key: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turns query and key in place."""
-        rows, places = _rows_and_places(self, positions, query.dtype)
-        ops.rotary_embedding(places, query, key, self.head_size, rows, self.is_neox_style)
-        return query, key
+        return _turn_in_place(self, positions, query, key)
 
 
 class UnboundedGPTNeoX(UnboundedRotary):
@@ -258,6 +252,18 @@ def _visible_positions() -> int | None:
         return settings.sinks + settings.window_tokens
     max_model_len: int = get_current_vllm_config().model_config.max_model_len
     return max_model_len
+
+
+def _turn_in_place(
+    rotary: UnboundedRotaryEmbedding | UnboundedLongRoPE,
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Turn query and key with vLLM's kernel for the platform."""
+    rows, places = _rows_and_places(rotary, positions, query.dtype)
+    ops.rotary_embedding(places, query, key, rotary.head_size, rows, rotary.is_neox_style)
+    return query, key
 
 
 def _rows_and_places(
