@@ -25,6 +25,7 @@ from vllm_sink.attention.interface import Batch, SinkTurn
 from vllm_sink.plugin import register
 from vllm_sink.plugin.backend import SinkBackend, SinkMetadata, SinkMetadataBuilder, _positions
 from vllm_sink.plugin.cpu_backend import CPUSinkBackend
+from vllm_sink.plugin.presence import Vouched
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.rotary import cos_sin
 from vllm_sink.settings import SettingsError
@@ -137,7 +138,9 @@ def test_learned_sinks_are_refused(backend: type[SinkBackend], config: VllmConfi
 def test_a_cache_that_a_checkpoint_asks_for_is_refused_too(
     backend: type[SinkBackend], config: VllmConfig
 ) -> None:
-    with pytest.raises(SettingsError, match=r"^kv_cache_dtype=fp8: .*; accepted is auto$"):
+    with pytest.raises(
+        SettingsError, match=r"^kv_cache_dtype=fp8: .*; accepted with sinks are auto$"
+    ):
         impl(backend, config, None, kv_cache_dtype="fp8")
 
 
@@ -217,7 +220,7 @@ def test_building_a_step_does_not_wait_for_the_device(
 
 
 def test_without_sinks_nothing_is_turned(backend: type[SinkBackend], config: VllmConfig) -> None:
-    config.additional_config = {"sink": {"policy": "window", "window_tokens": 60}}
+    config.additional_config = {"sink": Vouched({"policy": "window", "window_tokens": 60})}
     assert builder_of(backend, config).build(0, step([(1, 100)])).turns == {}
 
 

@@ -195,13 +195,16 @@ def test_the_refusal_names_every_architecture(configure: Configure) -> None:
                     "prompt_lookup_max": 3,
                 }
             },
-            "speculative_config=",
+            "speculative_config.method=ngram: ",
         ),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "kv_transfer_config=",
+            "kv_transfer_config.kv_connector=ExampleConnector: ",
         ),
-        ({"kv_offloading_size": 1.0}, "kv_transfer_config="),
+        ({"kv_offloading_size": 1.0}, "kv_offloading_size=1.0: "),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers=['0']: "),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True: "),
+        ({"prefix_cache_retention_interval": 256}, "prefix_cache_retention_interval=256: "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -210,7 +213,45 @@ def test_features_are_refused(
 ) -> None:
     sentence = sentence_of(configure, LLAMA, FITS, **arguments)
     assert sentence.startswith(expected)
-    assert "not supported with sinks; accepted is " in sentence
+    assert re.search(r"not supported with sinks; accepted (is|are) .{1,20}$", sentence)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        ({"enable_lora": True}, {}, "enable_lora=True: "),
+        ({}, {"VLLM_BATCH_INVARIANT": "1"}, "VLLM_BATCH_INVARIANT=1: "),
+        (
+            {"pipeline_parallel_size": 2, "enforce_eager": True},
+            {},
+            "pipeline_parallel_size=2: with enforce_eager, ",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_cpu_gets_wrong_is_refused(
+    configure: Configure,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any],
+    variables: dict[str, str],
+    expected: str,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    sentence = sentence_of(configure, LLAMA, FITS, **arguments)
+    assert sentence.startswith(expected)
+    assert "vLLM's CPU build gets it wrong, with and without sinks; accepted is " in sentence
+    configure(LLAMA, additional_config={}, **arguments)
+
+
+def test_a_compiled_pipeline_is_accepted_on_a_cpu(configure: Configure) -> None:
+    configure(LLAMA, FITS, pipeline_parallel_size=2, enforce_eager=False)
+
+
+def test_a_rotary_type_with_a_last_position_is_refused(configure: Configure) -> None:
+    rope = {"rope_type": "openpangu", "rope_theta": 10000.0}
+    sentence = sentence_of(configure, LLAMA | {"rope_parameters": rope}, FITS)
+    assert sentence.startswith("rope_parameters.rope_type=openpangu: ")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +264,7 @@ def test_context_parallelism_is_refused(configure: Configure, setting: str) -> N
     with pytest.raises(
         SettingsError, match=f"^{setting}=2: not supported with sinks; accepted is 1$"
     ):
-        check(config)
+        check(config, settings_of(config))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +277,7 @@ def test_platforms(
     monkeypatch.setattr(CpuPlatform, "device_name", platform)
     sentence = f"^device={platform}: not supported with sinks; accepted are cpu, cuda$"
     with nullcontext() if accepted else pytest.raises(SettingsError, match=sentence):
-        check(config)
+        check(config, settings_of(config))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +302,7 @@ def test_a_gpu_needs_our_backend(
     monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: True)
     sentence = f"^attention_backend={refused}.*: would evict nothing; .* on a GPU is CUSTOM$"
     with pytest.raises(SettingsError, match=sentence) if refused else nullcontext():
-        check(config)
+        check(config, settings_of(config))
 
 
 @pytest.mark.parametrize(("dtype", "accepted"), [("fp8", True), ("fp8_e5m2", False)])
@@ -273,7 +314,7 @@ def test_a_gpu_stores_fp8(
     monkeypatch.setattr(CpuPlatform, "device_name", "cuda")
     sentence = f"^kv_cache_dtype={dtype}: .*; accepted are auto, fp8, fp8_e4m3$"
     with nullcontext() if accepted else pytest.raises(SettingsError, match=sentence):
-        check(config)
+        check(config, settings_of(config))
 
 
 def test_a_gpu_needs_no_backend_of_ours_to_evict_nothing(
@@ -281,4 +322,4 @@ def test_a_gpu_needs_no_backend_of_ours_to_evict_nothing(
 ) -> None:
     config = configure(LLAMA, {"policy": "full"})
     monkeypatch.setattr(CpuPlatform, "is_cuda", lambda _: True)
-    check(config)
+    check(config, settings_of(config))

@@ -1,9 +1,14 @@
 """The seams: everything here speaks to vLLM, one seam a file."""
 
+loaded = False
+"""Whether this process runs the plugin."""
+
 
 def register() -> None:
     """Entry point of group `vllm.general_plugins`; runs in every process, before any config."""
-    from vllm_sink.plugin import backend, check, manager, rotary
+    global loaded
+    from vllm_sink.plugin import backend, engine_config, manager, rotary
 
-    for seam in (check, manager, backend, rotary):
+    for seam in (engine_config, manager, backend, rotary):
         seam.register()
+    loaded = True

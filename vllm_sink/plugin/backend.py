@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -22,12 +23,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, SinkTurn
 from vllm_sink.geometry import Geometry
-from vllm_sink.plugin.check import accept_cache_dtype
+from vllm_sink.plugin.check import CACHE_DTYPES
 from vllm_sink.plugin.config import current_settings, settings_of
+from vllm_sink.plugin.refusal import refuse
 from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.rotary import cos_sin
-from vllm_sink.settings import SettingsError, SinkSettings
+from vllm_sink.settings import SinkSettings
 
 
 @dataclass
@@ -103,9 +105,14 @@ class SinkAttentionImpl(AttentionImpl[Any]):
         settings = current_settings()
         assert settings is not None
         # A checkpoint may ask for another one after the engine's config was checked.
-        accept_cache_dtype(self.kv_cache_dtype)
+        accepted = CACHE_DTYPES[current_platform.device_name]
+        if self.kv_cache_dtype not in accepted:
+            refuse(
+                f"kv_cache_dtype={self.kv_cache_dtype}: asked for by the checkpoint; "
+                f"accepted with sinks are {', '.join(accepted)}"
+            )
         if self.sinks is not None:
-            raise SettingsError(
+            refuse(
                 f"sink.policy={settings.policy!r}: this model's attention has learned sinks; "
                 "accepted are models without them"
             )
@@ -214,7 +221,7 @@ def _rotary_or_refuse(name: str, layer: AttentionLayer) -> UnboundedRotary | Non
     """The rotary embedding whose positions sinks are turned back by; None for ALiBi."""
     rotary = rotary_of(layer)
     if rotary is None and layer.impl.alibi_slopes is None:
-        raise SettingsError(
+        refuse(
             f"sink: layer {name} has no position encoding that works without an upper position; "
             "accepted are ALiBi and rotary embeddings of type default, linear, dynamic, llama3, "
             "yarn and longrope"

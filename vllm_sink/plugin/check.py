@@ -1,20 +1,15 @@
-"""Refuse, before anything starts, what sinks would get wrong in silence.
+"""Refuse, before anything starts, what sinks would get wrong in silence."""
 
-vLLM has no hook for a general plugin to see a finished config, and a model without a layer of ours
-(state-space, MLA) never meets our other seams: so `VllmConfig.__post_init__` is wrapped. A config
-validation hook for general plugins in vLLM would make this unnecessary.
-"""
-
-from functools import wraps
 from math import inf
 from typing import Any
 
-from vllm.config import AttentionConfig, ModelConfig, VllmConfig
+from vllm import envs
+from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
+from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
-from vllm_sink.plugin.config import settings_of
 from vllm_sink.settings import SettingsError, SinkSettings
 
 ARCHITECTURES = (
@@ -48,6 +43,11 @@ models skip the rotation in some layers, or scale, normalise or split what was r
 CACHE_DTYPES = {"cpu": ("auto",), "cuda": ("auto", "fp8", "fp8_e4m3")}
 """What a backend of ours stores, by the `device_name` of vLLM's platform."""
 
+CPU_FAULT = "vLLM's CPU build gets it wrong, with and without sinks"
+
+ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "llama3", "yarn", "longrope")
+"""Whose rotary classes ours replace (plugin/rotary.py), by the names of vLLM's `get_rope`."""
+
 SCALED_BY_POSITION = ("attn_temperature_tuning", "dual_chunk_attention_config", "llama_4_scaling")
 """Config keys that make attention depend on the stream position itself, not on distances."""
 
@@ -55,28 +55,15 @@ UNKNOWN_CONTEXT = 2048
 """What vLLM assumes of a config that does not say (`_get_and_verify_max_len`)."""
 
 
-def register() -> None:
-    """Wrap `VllmConfig.__post_init__` (vllm/config/vllm.py), once a process."""
-    original = VllmConfig.__post_init__
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @wraps(original)
-    def checked(self: VllmConfig, *args: Any) -> None:
-        original(self, *args)
-        check(self)
-
-    VllmConfig.__post_init__ = checked
-
-
-def check(vllm_config: VllmConfig) -> None:
+def check(vllm_config: VllmConfig, settings: SinkSettings) -> None:
     """Raise `SettingsError`, one sentence, if the engine cannot serve with its sink settings."""
-    settings = settings_of(vllm_config)
     model_config = vllm_config.model_config
-    if settings is None or model_config is None or model_config.is_submodel_config:
+    if model_config is None or model_config.is_submodel_config:
         return
     _check_model(model_config)
     _check_engine(vllm_config)
+    if current_platform.is_cpu():
+        _check_cpu_engine(vllm_config)
     if settings.evicts:
         _check_backend(vllm_config)
         _check_layers(model_config)
@@ -107,6 +94,12 @@ def _check_model(model_config: ModelConfig) -> None:
             f"model={model_config.model!r}: its architecture is {model_config.architecture}; "
             f"accepted with sinks are {', '.join(ARCHITECTURES)}"
         )
+    for rope in iter_rope_parameters(model_config.hf_text_config):
+        if rope["rope_type"] not in ROPE_TYPES:
+            raise SettingsError(
+                f"rope_parameters.rope_type={rope['rope_type']}: bound to a last position; "
+                f"accepted with sinks are {', '.join(ROPE_TYPES)}"
+            )
     for key in SCALED_BY_POSITION:
         value = getattr(model_config.hf_text_config, key, None)
         if value:
@@ -147,24 +140,41 @@ def _check_layers(model_config: ModelConfig) -> None:
 def _check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     _accept("device", current_platform.device_name, *CACHE_DTYPES)
-    accept_cache_dtype(vllm_config.cache_config.cache_dtype)
-    _accept("speculative_config", vllm_config.speculative_config, None)
-    _accept("kv_transfer_config", vllm_config.kv_transfer_config, None)
+    _check_cache(vllm_config.cache_config)
+    speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
+    _accept("speculative_config.method", speculative and speculative.method, None)
+    _accept("kv_transfer_config.kv_connector", transfer and transfer.kv_connector, None)
     _accept("decode_context_parallel_size", parallel.decode_context_parallel_size, 1)
     _accept("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1)
 
 
-def accept_cache_dtype(dtype: str) -> None:
-    """Raise `SettingsError` if no backend of ours stores it on this platform."""
-    _accept("kv_cache_dtype", dtype, *CACHE_DTYPES[current_platform.device_name])
+def _check_cache(cache: CacheConfig) -> None:
+    _accept("kv_cache_dtype", cache.cache_dtype, *CACHE_DTYPES[current_platform.device_name])
+    _accept("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers, [])
+    _accept("kv_offloading_size", cache.kv_offloading_size, None)
+    _accept("kv_sharing_fast_prefill", cache.kv_sharing_fast_prefill, False)
+    # Layers with sinks cache every full block, whatever this says of vLLM's windows.
+    _accept("prefix_cache_retention_interval", cache.prefix_cache_retention_interval, 0, None)
 
 
-def _accept(setting: str, value: Any, *accepted: Any) -> None:
+def _check_cpu_engine(vllm_config: VllmConfig) -> None:
+    """What vLLM 0.32's CPU build gets wrong without sinks too, where that can be seen in time."""
+    parallel = vllm_config.parallel_config
+    _accept("VLLM_BATCH_INVARIANT", int(envs.VLLM_BATCH_INVARIANT), 0, why=CPU_FAULT)
+    # Rows without an adapter get another's, once they share a batch with rows that have one.
+    _accept("enable_lora", vllm_config.lora_config is not None, False, why=CPU_FAULT)
+    if vllm_config.model_config.enforce_eager:
+        pipeline = parallel.pipeline_parallel_size
+        _accept("pipeline_parallel_size", pipeline, 1, why=f"with enforce_eager, {CPU_FAULT}")
+
+
+def _accept(
+    setting: str, value: Any, *accepted: Any, why: str = "not supported with sinks"
+) -> None:
     if value not in accepted:
         are = "is" if len(accepted) == 1 else "are"
         raise SettingsError(
-            f"{setting}={value}: not supported with sinks; "
-            f"accepted {are} {', '.join(map(str, accepted))}"
+            f"{setting}={value}: {why}; accepted {are} {', '.join(map(str, accepted))}"
         )
 
 

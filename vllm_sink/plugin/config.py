@@ -2,18 +2,24 @@
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
+from vllm_sink.plugin.presence import NAME, require_vouched
 from vllm_sink.settings import SinkSettings
 
 
 def settings_of(vllm_config: VllmConfig) -> SinkSettings | None:
     """The sink settings of an engine, or None where none are configured."""
     additional = vllm_config.additional_config
-    if not isinstance(additional, dict) or "sink" not in additional:
+    if not isinstance(additional, dict) or NAME not in additional:
         return None
-    return SinkSettings.parse(additional["sink"])
+    return SinkSettings.parse(additional[NAME])
 
 
 def current_settings() -> SinkSettings | None:
     """`settings_of` the engine whose model is being built, or None outside of one."""
     vllm_config = get_current_vllm_config_or_none()
-    return settings_of(vllm_config) if vllm_config else None
+    if vllm_config is None:
+        return None
+    settings = settings_of(vllm_config)
+    if settings is not None:
+        require_vouched(vllm_config.additional_config[NAME])
+    return settings

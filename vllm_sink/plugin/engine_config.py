@@ -1,0 +1,47 @@
+"""Seam: `VllmConfig.__post_init__` (vllm/config/vllm.py), where an engine's settings are whole.
+
+vLLM has no hook for a general plugin to see a finished config, and a model without a layer of ours
+(state-space, MLA) never meets our other seams: so that method is wrapped. A config validation hook
+for general plugins in vLLM would make this unnecessary.
+"""
+
+from functools import wraps
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_sink.plugin import capacity
+from vllm_sink.plugin.check import check
+from vllm_sink.plugin.config import settings_of
+from vllm_sink.plugin.presence import NAME, Vouched
+
+STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+CPU_WORKER = "vllm_sink.plugin.cpu_worker.CPUSinkWorker"
+
+
+def register() -> None:
+    """Wrap the method, once a process."""
+    original = VllmConfig.__post_init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def completed(self: VllmConfig, *args: Any) -> None:
+        original(self, *args)
+        complete(self)
+
+    VllmConfig.__post_init__ = completed
+
+
+def complete(vllm_config: VllmConfig) -> None:
+    """Check the config and fit it out for sinks. Raises `SettingsError`, one sentence."""
+    settings = settings_of(vllm_config)
+    capacity.log_for(settings)
+    if settings is None:
+        return
+    check(vllm_config, settings)
+    entry = vllm_config.additional_config[NAME]
+    vllm_config.additional_config = vllm_config.additional_config | {NAME: Vouched(entry)}
+    if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == STOCK_CPU_WORKER:
+        vllm_config.parallel_config.worker_cls = CPU_WORKER
