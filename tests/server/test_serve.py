@@ -8,179 +8,22 @@ import socket
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig
 
-from vllm_sink import embedded, serve
-from vllm_sink.serve import STREAM_CAPACITY, fill_in_defaults, main, make_parser
-from vllm_sink.settings import SettingsError
+from vllm_sink.serve import main
 
-CONTEXT = 256
+from .conftest import CONTEXT
+
 SINKS, WINDOW, CAPACITY = 4, 60, 1024
 MODULE = [sys.executable, "-m", "vllm_sink.serve"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 3 million weights, with the embedded model's tokenizer."""
-    path = tmp_path_factory.mktemp("served") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=128,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a fresh process, and put back: what other tests set, and what the command line sets."""
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-
-
-def completed(*flags: object) -> Namespace:
-    args = make_parser().parse_args([str(flag) for flag in flags])
-    fill_in_defaults(args)
-    return args
-
-
-def test_defaults(model: Path) -> None:
-    args = completed("--model", model, "--max-num-seqs", 4)
-    assert args.additional_config["sink"] == {
-        "policy": "sink",
-        "sink_tokens": SINKS,
-        "window_tokens": CONTEXT - SINKS,
-        "reindex": True,
-    }
-    assert args.max_model_len == STREAM_CAPACITY == 4_194_304
-    assert args.kv_cache_memory_bytes > 0
-
-
-def test_without_a_model_the_embedded_one_is_served() -> None:
-    args = completed("--max-num-seqs", 4)
-    assert args.model == args.model_tag == str(embedded.path())
-    assert args.served_model_name == ["smollm2-135m-instruct"]
-    assert args.additional_config["sink"]["window_tokens"] == 2048 - SINKS
-
-
-def test_capacity_is_what_memory_holds(model: Path) -> None:
-    """A hundred thousand streams of it would not fit any machine this runs on."""
-    args = completed("--model", model, "--max-num-seqs", 100_000, "--max-num-batched-tokens", 10**5)
-    assert CONTEXT <= args.max_model_len < STREAM_CAPACITY
-
-
-def test_flags_override_additional_config(model: Path) -> None:
-    given = {"sink": {"sink_tokens": 8, "window_tokens": 32, "reindex": False}, "other": 1}
-    flags = ["--model", model, "--additional-config", json.dumps(given), "--window-tokens", 64]
-    args = completed(*flags, "--max-model-len", 2000)
-    assert args.additional_config == {
-        "sink": {"policy": "sink", "sink_tokens": 8, "window_tokens": 64, "reindex": False},
-        "other": 1,
-    }
-    assert args.max_model_len == 2000
-
-
-@pytest.mark.parametrize(
-    ("capability", "asked", "expected"),
-    [
-        ("AVX2", [], "float32"),
-        ("AVX2", ["--dtype", "bfloat16"], "bfloat16"),
-        ("AVX512", [], "auto"),
-    ],
-)
-def test_no_bfloat16_on_a_cpu_that_is_slow_in_it(
-    model: Path,
-    capability: str,
-    asked: list[str],
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert completed("--model", model, *asked).dtype == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        ([], "CUSTOM"),
-        (["--sink-policy", "window"], "CUSTOM"),
-        (["--sink-policy", "full"], None),
-        (["--attention-backend", "FLASH_ATTN"], "FLASH_ATTN"),
-        (["--attention-config", '{"backend": "FLASH_ATTN"}'], None),
-        (["--attention-config", '{"backend_per_kind": {"full_attention": "CUSTOM"}}'], None),
-        (
-            ["--attention-config", '{"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}'],
-            "CUSTOM",
-        ),
-    ],
-    ids=str,
-)
-def test_a_gpu_is_served_with_our_backend_unless_told(
-    model: Path, asked: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert completed("--model", model, *asked).attention_backend in (None, "FLASH_ATTN")
-    monkeypatch.setattr(serve, "current_platform", gpu_of(80 * 2**30))
-    args = completed("--model", model, *asked)
-    assert args.attention_backend == expected
-    assert args.kv_cache_memory_bytes is None
-
-
-def gpu_of(memory_bytes: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        get_device_total_memory=lambda: memory_bytes,
-    )
-
-
-@pytest.mark.parametrize(
-    ("memory_gib", "block_size", "expected"),
-    [(80, [], STREAM_CAPACITY), (8, [], 2**20), (8, ["--block-size", 32], 2**21)],
-)
-def test_capacity_is_what_block_tables_of_a_gpu_hold(
-    model: Path,
-    memory_gib: int,
-    block_size: list[object],
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """8 bytes a block of each of 256 streams, in one part of 64: 8 GiB have room for 65,536."""
-    monkeypatch.setattr(serve, "current_platform", gpu_of(memory_gib * 2**30))
-    monkeypatch.setattr(serve, "ROWS_SHARE", 1)
-    args = completed("--model", model, "--max-num-seqs", 256, *block_size)
-    assert args.max_model_len == expected
-
-
-def test_window_policy_has_the_whole_cache(model: Path) -> None:
-    args = completed("--model", model, "--sink-policy", "window")
-    assert args.additional_config["sink"]["window_tokens"] == CONTEXT
-
-
-@pytest.mark.parametrize("sink", [5, "abc", None, [1]], ids=repr)
-def test_a_sink_entry_of_another_type_is_refused(model: Path, sink: Any) -> None:
-    with pytest.raises(SettingsError, match=rf"^sink={re.escape(repr(sink))}: "):
-        completed("--model", model, "--additional-config", json.dumps({"sink": sink}))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +37,7 @@ def test_a_sink_entry_of_another_type_is_refused(model: Path, sink: Any) -> None
         ),
         (["--kv-cache-dtype", "fp8"], r"error: kv_cache_dtype=fp8: .*; accepted is auto$"),
         (["--sink-policy", "other"], r"error: argument --sink-policy: invalid choice: 'other' .*$"),
+        (["--default-max-tokens", "-1"], r"error: argument --default-max-tokens: -1: accepted .*$"),
         (["--sink-tokens", "four"], r"error: argument --sink-tokens: invalid int value: 'four'$"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -217,21 +61,64 @@ def test_help_shows_the_flags_in_a_group(capsys: pytest.CaptureFixture[str]) -> 
         assert flag in text
 
 
-@pytest.mark.slow
-def test_a_refused_process_leaves_nothing(model: Path) -> None:
+def group_lives(leader: int) -> bool:
+    try:
+        os.killpg(leader, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def refused(*flags: object, **variables: str) -> str:
+    """The last line of a server that ends at its start; it leaves no process and no trace."""
     process = psutil.Popen(
-        [*MODULE, "--model", str(model), "--sink-tokens", "300"],
+        [*MODULE, *map(str, flags)],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert "Traceback" not in output
-    assert output.splitlines()[-1].startswith("python -m vllm_sink.serve: error: sink.")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert process.returncode == 2, output
+    wait_for(lambda: not group_lives(process.pid), timeout=10)
+    last: str = output.splitlines()[-1]
+    return last.removeprefix("python -m vllm_sink.serve: error: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "variables", "sentence"),
+    [
+        (["--sink-tokens", 300], {}, r"sink\.sink_tokens=300: "),
+        (["--window-tokens", 60], {"VLLM_PLUGINS": ""}, r"VLLM_PLUGINS='': leaves out "),
+    ],
+    ids=str,
+)
+def test_a_refused_process_leaves_nothing(
+    model: Path, flags: list[object], variables: dict[str, str], sentence: str
+) -> None:
+    assert re.match(sentence, refused("--model", model, *flags, **variables))
+
+
+@pytest.mark.slow
+def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path) -> None:
+    """Transformers' own rotary layers are seen as the model is built, and not before."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = GPTNeoXConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        vocab_size=128,
+        max_position_embeddings=CONTEXT,
+        rope_parameters=rope | {"partial_rotary_factor": 1.0},
+    )
+    config.architectures = ["GPTNeoXForCausalLM"]
+    config.save_pretrained(tmp_path)
+    flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager"]
+    sentence = refused("--model", tmp_path, "--kv-cache-memory-bytes", 2**26, *flags)
+    assert re.match(r"sink: layer .* has no position encoding .*; accepted are ALiBi ", sentence)
 
 
 @dataclass
@@ -314,6 +201,14 @@ def test_the_log_sums_up_what_is_served(server: Server) -> None:
 
 
 @pytest.mark.slow
+def test_the_log_tells_nothing_else(server: Server) -> None:
+    """No other capacity, and no warning of a length that nobody set."""
+    log = server.log.read_text()
+    assert "KV cache size" not in log
+    assert "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in log
+
+
+@pytest.mark.slow
 def test_a_stream_passes_its_window_and_the_trained_context(server: Server) -> None:
     tokens = CONTEXT + 3 * WINDOW
     body = {"prompt": [1] * 20, "max_tokens": tokens, "stream": True}
@@ -325,6 +220,22 @@ def test_a_stream_passes_its_window_and_the_trained_context(server: Server) -> N
     chunks = [json.loads(line) for line in data]
     assert len(chunks) > tokens // 2
     assert chunks[-1]["usage"]["completion_tokens"] == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "tokens"), [(None, CONTEXT), (9, 9), (CONTEXT + 9, CONTEXT + 9)])
+def test_a_chat_ends_where_it_says_or_at_the_default(
+    server: Server, asked: int | None, tokens: int
+) -> None:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Go on."}],
+        "max_completion_tokens": asked,
+        "ignore_eos": True,
+    }
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=240).json()
+    assert answer["usage"]["completion_tokens"] == tokens
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 @pytest.mark.slow

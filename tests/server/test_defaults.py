@@ -1,0 +1,239 @@
+"""What the server makes of flags, on a tiny checkpoint."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from vllm import AsyncEngineArgs
+
+from vllm_sink import embedded
+from vllm_sink.serve import make_parser
+from vllm_sink.server import defaults
+from vllm_sink.server.defaults import STREAM_CAPACITY, fill_in
+from vllm_sink.settings import SettingsError
+
+from .conftest import CONTEXT
+
+SINKS = 4
+
+
+def completed(*flags: object) -> Namespace:
+    args = make_parser().parse_args([str(flag) for flag in flags])
+    fill_in(args)
+    return args
+
+
+def test_defaults(model: Path) -> None:
+    args = completed("--model", model, "--max-num-seqs", 4)
+    assert args.additional_config["sink"] == {
+        "policy": "sink",
+        "sink_tokens": SINKS,
+        "window_tokens": CONTEXT - SINKS,
+        "reindex": True,
+    }
+    assert args.max_model_len == STREAM_CAPACITY == 4_194_304
+    assert args.kv_cache_memory_bytes > 0
+
+
+def test_without_a_model_the_embedded_one_is_served() -> None:
+    args = completed("--max-num-seqs", 4)
+    assert args.model == args.model_tag == str(embedded.path())
+    assert args.served_model_name == ["smollm2-135m-instruct"]
+    assert args.additional_config["sink"]["window_tokens"] == 2048 - SINKS
+
+
+def test_capacity_is_what_memory_holds(model: Path) -> None:
+    """A hundred thousand streams of it would not fit any machine this runs on."""
+    args = completed("--model", model, "--max-num-seqs", 100_000, "--max-num-batched-tokens", 10**5)
+    assert CONTEXT <= args.max_model_len < STREAM_CAPACITY
+
+
+def test_flags_override_additional_config(model: Path) -> None:
+    given = {"sink": {"sink_tokens": 8, "window_tokens": 32, "reindex": False}, "other": 1}
+    flags = ["--model", model, "--additional-config", json.dumps(given), "--window-tokens", 64]
+    args = completed(*flags, "--max-model-len", 2000)
+    assert args.additional_config == {
+        "sink": {"policy": "sink", "sink_tokens": 8, "window_tokens": 64, "reindex": False},
+        "other": 1,
+    }
+    assert args.max_model_len == 2000
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "expected"),
+    [
+        ("AVX2", [], "float32"),
+        ("AVX2", ["--dtype", "bfloat16"], "bfloat16"),
+        ("AVX512", [], "auto"),
+    ],
+)
+def test_no_bfloat16_on_a_cpu_that_is_slow_in_it(
+    model: Path,
+    capability: str,
+    asked: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert completed("--model", model, *asked).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([], "CUSTOM"),
+        (["--sink-policy", "window"], "CUSTOM"),
+        (["--sink-policy", "full"], None),
+        (["--attention-backend", "FLASH_ATTN"], "FLASH_ATTN"),
+        (["--attention-config", '{"backend": "FLASH_ATTN"}'], None),
+        (["--attention-config", '{"backend_per_kind": {"full_attention": "CUSTOM"}}'], None),
+        (
+            ["--attention-config", '{"backend_per_kind": {"sliding_window": "FLASH_ATTN"}}'],
+            "CUSTOM",
+        ),
+    ],
+    ids=str,
+)
+def test_a_gpu_is_served_with_our_backend_unless_told(
+    model: Path, asked: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert completed("--model", model, *asked).attention_backend in (None, "FLASH_ATTN")
+    monkeypatch.setattr(defaults, "current_platform", gpu_of(80 * 2**30))
+    args = completed("--model", model, *asked)
+    assert args.attention_backend == expected
+    assert args.kv_cache_memory_bytes is None
+
+
+def gpu_of(memory_bytes: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        get_device_total_memory=lambda: memory_bytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "block_size", "expected"),
+    [(80, [], STREAM_CAPACITY), (8, [], 2**20), (8, ["--block-size", 32], 2**21)],
+)
+def test_capacity_is_what_block_tables_of_a_gpu_hold(
+    model: Path,
+    memory_gib: int,
+    block_size: list[object],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """8 bytes a block of each of 256 streams, in one part of 64: 8 GiB have room for 65,536."""
+    monkeypatch.setattr(defaults, "current_platform", gpu_of(memory_gib * 2**30))
+    monkeypatch.setattr(defaults, "ROWS_SHARE", 1)
+    args = completed("--model", model, "--max-num-seqs", 256, *block_size)
+    assert args.max_model_len == expected
+
+
+def test_window_policy_has_the_whole_cache(model: Path) -> None:
+    args = completed("--model", model, "--sink-policy", "window")
+    assert args.additional_config["sink"]["window_tokens"] == CONTEXT
+
+
+@pytest.mark.parametrize("sink", [5, "abc", None, [1]], ids=repr)
+def test_a_sink_entry_of_another_type_is_refused(model: Path, sink: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"^sink={re.escape(repr(sink))}: "):
+        completed("--model", model, "--additional-config", json.dumps({"sink": sink}))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many bytes are free."""
+    memory = psutil.virtual_memory()._replace(available=16 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    return int(memory.available)
+
+
+PARALLEL = [
+    ([], 1),
+    (["-dp", 4], 4),
+    (["-tp", 2, "-dp", 4], 8),
+    (["-tp", 2, "-pp", 2], 4),
+    (["-dp", 8, "--data-parallel-size-local", 2], 2),
+    (["-dp", 4, "--data-parallel-size-local", 1, "-tp", 2], 2),
+    (["-tp", 2, "-pp", 2, "--nnodes", 2, "--master-addr", "127.0.0.1"], 2),
+]
+
+
+@pytest.mark.parametrize(("flags", "ranks"), PARALLEL, ids=str)
+def test_sizes_are_for_all_ranks_of_this_machine(
+    model: Path, free: int, flags: list[object], ranks: int
+) -> None:
+    """A quarter of what is free for KV pools, an eighth for rows of token ids of 5 bytes."""
+    streams = 4096
+    batch = ["--max-num-seqs", streams, "--max-num-batched-tokens", 2 * streams]
+    args = completed("--model", model, *batch, *flags)
+    assert args.kv_cache_memory_bytes == free // (4 * ranks)
+    assert args.max_model_len == free // (8 * ranks) // (5 * streams)
+
+
+def test_the_rows_of_a_gpu_machine_are_for_all_ranks_too(
+    model: Path, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "current_platform", gpu_of(2**40))
+    args = completed("--model", model, "--max-num-seqs", 1024, "-dp", 8)
+    assert args.max_model_len == free // (8 * 8) // (5 * 1024)
+
+
+@pytest.mark.parametrize("flags", [[], ["-dp", 2]], ids=str)
+def test_sizes_that_are_asked_for_are_a_ranks_own(
+    model: Path, free: int, flags: list[object]
+) -> None:
+    sizes = ["--kv-cache-memory-bytes", 2**26, "--max-model-len", 1000]
+    args = completed("--model", model, *sizes, *flags)
+    assert args.kv_cache_memory_bytes == 2**26
+    assert args.max_model_len == 1000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-enable-chunked-prefill"],
+        ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192],
+        [
+            "--runner",
+            "pooling",
+            "--convert",
+            "embed",
+            "--pooler-config",
+            '{"pooling_type": "MEAN"}',
+        ],
+    ],
+    ids=str,
+)
+def test_a_prompt_that_is_not_cut_keeps_vllms_length(model: Path, flags: list[object]) -> None:
+    args = completed("--model", model, *flags)
+    assert args.max_model_len is None
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert config.model_config.max_model_len == CONTEXT
+
+
+def test_what_does_not_go_together_is_one_sentence(model: Path) -> None:
+    flags = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 128]
+    with pytest.raises(SettingsError, match=r"^max_num_batched_tokens \(128\) is smaller than ."):
+        completed("--model", model, *flags)
+
+
+def test_streams_are_as_many_as_vllm_makes_them(model: Path, free: int) -> None:
+    """`--performance-mode throughput` doubles vLLM's 128."""
+    args = completed("--model", model)
+    assert args.max_model_len == free // 8 // (5 * 128)
+    doubled = completed("--model", model, "--performance-mode", "throughput")
+    assert doubled.max_model_len == args.max_model_len // 2
+
+
+def test_a_limit_for_answers_that_name_none(model: Path) -> None:
+    assert completed("--model", model).default_max_tokens == CONTEXT
+    assert completed("--model", model, "--default-max-tokens", 9).default_max_tokens == 9
+    assert completed("--model", model, "--default-max-tokens", 0).default_max_tokens == 0

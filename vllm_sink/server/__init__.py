@@ -1,0 +1,1 @@
+"""What the server adds to vLLM's own: defaults, of the machine and of requests."""
