@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import cli, paper, plots
+from benchmarks.harness import cli, plots
+from benchmarks.texts import paper
 
 TEMPLATE = "report.md.jinja"
 NAMES = (
