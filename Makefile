@@ -29,8 +29,9 @@ install: .venv/.installed
 
 # What does not fit into .venv: peers, the load generator, Triton; and a text.
 venvs: install
-	$(BIN)/python -m benchmarks.venvs $(notdir $(basename $(wildcard requirements/venvs/*.in)))
-	$(BIN)/python -m benchmarks.novels
+	$(BIN)/python -m benchmarks.harness.venvs \
+		$(notdir $(basename $(wildcard requirements/venvs/*.in)))
+	$(BIN)/python -m benchmarks.texts.novels
 
 demo: install
 	$(BIN)/python -m launch.demo \

@@ -17,4 +17,6 @@ Many streams
 
 Each prints a table and writes JSON to `benchmarks/results/`; `--quick` only shows that it runs.
 They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`; `attention` calls kernels.
+
+Questions import from `texts` and `harness`, `texts` from `harness` alone; `guests` are run by path.
 """

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import cli, results
-from benchmarks.attention_arms import (
+from benchmarks.harness import cli, results
+from benchmarks.harness.attention_arms import (
     BLOCK,
     MODELS,
     NEAR,

@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cli, results, tiny
-from benchmarks.engine import Engine, Worker
-from benchmarks.text import book_tokens, passages
+from benchmarks.harness import cli, results, tiny
+from benchmarks.harness.engine import Engine, Worker
+from benchmarks.texts.passages import passages
+from benchmarks.texts.tokens import book_tokens
 from vllm_sink import cpu, embedded
 from vllm_sink.geometry import Geometry, cdiv
 

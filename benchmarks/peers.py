@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import cli, results, venvs
-from benchmarks.engine import ENVIRONMENT, Engine
-from benchmarks.likelihood import perplexity, ratio
-from benchmarks.reading import CHUNK, DTYPE, reader
-from benchmarks.text import book_tokens, novel_tokens
+from benchmarks.harness import cli, results, venvs
+from benchmarks.harness.engine import ENVIRONMENT, Engine
+from benchmarks.texts.likelihood import perplexity, ratio
+from benchmarks.texts.reading import CHUNK, DTYPE, reader
+from benchmarks.texts.tokens import book_tokens, novel_tokens
 from vllm_sink import embedded
 
 ORACLE = "attention-sinks"
@@ -62,7 +62,7 @@ class Ours(Arm):
 
 @dataclass(frozen=True)
 class Peer(Arm):
-    """A script beside this one, run in the environment that holds `package`."""
+    """One of the guests, run in the environment that holds `package`."""
 
     script: str
     environment: str
@@ -72,8 +72,9 @@ class Peer(Arm):
 
     def read(self, tokens: list[int]) -> list[float]:
         request = {"model": str(self.model), "tokens": tokens, **self.settings}
+        script = str(venvs.GUESTS / self.script)
         with subprocess.Popen(
-            self._python("-W", "ignore", str(Path(__file__).parent / self.script)),
+            [*venvs.isolated(self.environment), "-W", "ignore", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **ENVIRONMENT},
@@ -95,11 +96,8 @@ class Peer(Arm):
 
     def version(self) -> str:
         asked = f"from importlib.metadata import version; print(version({self.package!r}))"
-        return subprocess.check_output(self._python("-c", asked), text=True).strip()
-
-    def _python(self, *arguments: str) -> list[str]:
-        # Isolated: modules of this folder must not stand in for those the peer imports.
-        return [str(venvs.python(self.environment)), "-I", *arguments]
+        command = [*venvs.isolated(self.environment), "-c", asked]
+        return subprocess.check_output(command, text=True).strip()
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,12 @@ class Plan:
     def arms(self) -> list[Arm]:
         def llamacpp(name: str, discard: int) -> Peer:
             settings = {"sink_tokens": self.sinks, "cache_tokens": self.cache, "discard": discard}
-            peer = ("peer_llamacpp.py", "cyllama", "cyllama")
+            peer = ("llamacpp_reader.py", "cyllama", "cyllama")
             return Peer(name, *peer, embedded.gguf(), settings)
 
         # It evicts after the forward pass, so that a query sees itself beside the recent tokens.
         recent = {"sink_tokens": self.sinks, "recent_tokens": self.window - 1}
-        peer = ("peer_attention_sinks.py", "attention_sinks", "attention-sinks")
+        peer = ("attention_sinks_reader.py", "attention_sinks", "attention-sinks")
         compared = [
             Peer(ORACLE, *peer, embedded.path(), recent),
             Ours(OURS, {"sink_tokens": self.sinks, "window_tokens": self.window}),

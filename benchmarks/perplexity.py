@@ -14,11 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cli, results
-from benchmarks.engine import Engine
-from benchmarks.likelihood import by_thousand, far_over_fresh, perplexity, ratio
-from benchmarks.reading import CHUNK, DTYPE, reader
-from benchmarks.text import book_tokens, novel_tokens
+from benchmarks.harness import cli, results
+from benchmarks.harness.engine import Engine
+from benchmarks.texts.likelihood import by_thousand, far_over_fresh, perplexity, ratio
+from benchmarks.texts.reading import CHUNK, DTYPE, reader
+from benchmarks.texts.tokens import book_tokens, novel_tokens
 from vllm_sink import embedded
 
 SEED = 0

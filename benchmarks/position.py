@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import cli, results, tiny
-from benchmarks.engine import Engine, State, Worker
+from benchmarks.harness import cli, results, tiny
+from benchmarks.harness.engine import Engine, State, Worker
 
 SINK = {"sink": {"sink_tokens": 4, "window_tokens": 508}}
 ENGINE = {

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import cli, results, tiny
-from benchmarks.engine import Engine, Worker
-from benchmarks.floors import BYTES, Ceilings, Forward, ceilings
-from benchmarks.text import book_tokens
+from benchmarks.harness import cli, results, tiny
+from benchmarks.harness.engine import Engine, Worker
+from benchmarks.harness.floors import BYTES, Ceilings, Forward, ceilings
+from benchmarks.texts.tokens import book_tokens
 from vllm_sink import cpu, embedded
 
 SINKS = 4

@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import cli, paper, plots
+from benchmarks.harness import cli, names, plots
+from benchmarks.texts import paper
 
 TEMPLATE = "report.md.jinja"
 NAMES = (
@@ -57,6 +58,7 @@ def page(records: dict[str, Any]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined
     )
+    templates.filters["arm"] = names.of
     return templates.get_template(TEMPLATE).render(**records, paper=paper)
 
 

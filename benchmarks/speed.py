@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import cli, results
-from benchmarks.engine import Engine, Worker
-from benchmarks.text import book_tokens, passages
+from benchmarks.harness import cli, results
+from benchmarks.harness.engine import Engine, Worker
+from benchmarks.texts.passages import passages
+from benchmarks.texts.tokens import book_tokens
 from vllm_sink import cpu, embedded
 
 SINKS = 4

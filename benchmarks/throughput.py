@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from benchmarks import cli, load, results, servers, venvs
-from benchmarks.floors import BYTES
-from benchmarks.text import book_tokens
+from benchmarks.harness import cli, load, results, servers, venvs
+from benchmarks.harness.floors import BYTES
+from benchmarks.texts.passages import SEED, draw
+from benchmarks.texts.tokens import book_tokens
 from vllm_sink import cpu, embedded
 from vllm_sink.geometry import Geometry
 
@@ -68,7 +69,7 @@ class Plan:
             "block_tokens": servers.BLOCK,
             "workload": asdict(self.workload),
             "long_prompt_tokens": self.long_prompt_tokens,
-            "seed": load.SEED,
+            "seed": SEED,
         }
 
 
@@ -135,7 +136,7 @@ def run(
     sweeps: list[Sweep], plan: Plan, tokens: list[int], save: Callable[[], None], status: Status
 ) -> None:
     """Measure, arm by arm, what is missing of each turn."""
-    drawn = load.draw(tokens, plan.turns(), plan.workload.stream_tokens)
+    drawn = draw(tokens, plan.turns(), plan.workload.stream_tokens)
     for turn, passages in enumerate(drawn):
         for sweep in sweeps:
             if len(sweep.figures["points"]) <= turn:

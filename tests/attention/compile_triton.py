@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import venvs
+from benchmarks.harness import venvs
 from tests.attention.cases import CASES, H100_PROCESSORS, inputs, over, paged, paged_in_fp8
 
 LAUNCHED = (

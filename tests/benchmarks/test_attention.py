@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, report, results
-from benchmarks.attention_arms import MODELS, Call, Kernel, Point, Shape, Step, step, verify
-from benchmarks.cli import BenchmarkError
+from benchmarks import attention, report
+from benchmarks.harness import results
+from benchmarks.harness.attention_arms import MODELS, Call, Kernel, Point, Shape, Step, step, verify
+from benchmarks.harness.cli import BenchmarkError
 from tests.attention.cases import H100_PROCESSORS, device_of, needs_triton
 from vllm_sink.attention.reference import ReferenceAttention
 

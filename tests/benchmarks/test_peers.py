@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import peers, venvs
-from benchmarks.cli import BenchmarkError
+from benchmarks import peers
+from benchmarks.harness import venvs
+from benchmarks.harness.cli import BenchmarkError
 
 
 def test_differences_part_at_the_first_eviction() -> None:

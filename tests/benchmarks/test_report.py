@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plots, report
-from benchmarks.cli import COMMITTED, BenchmarkError
+from benchmarks import report
+from benchmarks.harness import plots
+from benchmarks.harness.cli import COMMITTED, BenchmarkError
 
 
 def test_no_results_at_all(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks import throughput, venvs
-from benchmarks.cli import BenchmarkError
+from benchmarks import throughput
+from benchmarks.harness import venvs
+from benchmarks.harness.cli import BenchmarkError
 from benchmarks.throughput import QUICK, sink_over
 from launch.server import free_port
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import load
-from benchmarks.load import Request, Workload, draw, figures
+from benchmarks.harness import load
+from benchmarks.harness.load import Request, Workload, figures
 
 WORKLOAD = Workload(prompt_tokens=4, output_tokens=5, resent_every=2)
 
@@ -19,14 +19,6 @@ def test_a_client_that_truncates_sends_what_it_kept_until_its_stream_is_as_long(
         Request([1, 2, 3, 4, 5], 2),
         Request([3, 4, 5, 6, 7], 1),
     ]
-
-
-def test_no_two_clients_read_the_same_passage_whatever_their_number() -> None:
-    drawn = draw([*range(130)], turns=[1, 2, 4, 4], length=10)
-    assert [len(turn) for turn in drawn] == [1, 2, 4, 4]
-    tokens = [token for turn in drawn for passage in turn for token in passage]
-    assert len(set(tokens)) == len(tokens)
-    assert drawn == draw([*range(130)], turns=[1, 2, 4, 4], length=10)
 
 
 def test_a_prompt_is_sent_as_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cli import folder, parser, positive, run
+from benchmarks.harness.cli import folder, parser, positive, run
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_not_a_positive_integer(text: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_an_error_is_a_sentence_and_a_status(capfd: pytest.CaptureFixture[str]) -> None:
     program = (
-        "from benchmarks import cli\n"
+        "from benchmarks.harness import cli\n"
         "def main(): raise cli.BenchmarkError('No server answers.')\n"
         "cli.run(main)"
     )

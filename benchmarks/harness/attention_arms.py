@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cli
+from benchmarks.harness import cli
 from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, SinkTurn
 from vllm_sink.attention.reference import ReferenceAttention
 from vllm_sink.geometry import Geometry, cdiv

@@ -1,6 +1,6 @@
 """Jane Austen's six novels, a long text that is plain English throughout (about 930,000 tokens).
 
-    python -m benchmarks.novels
+    python -m benchmarks.texts.novels
 
 fetches them: a Debian package of 1.6 MB, unpacked into ~/.cache/vllm_sink and not installed.
 """
@@ -14,10 +14,10 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import cli
+from benchmarks.harness import cli
 from vllm_sink import cache
 
-DEBIAN_LOCK = Path(__file__).parents[1] / "requirements" / "debian.lock"
+DEBIAN_LOCK = Path(__file__).parents[2] / "requirements" / "debian.lock"
 PACKAGE = "r-cran-janeaustenr"
 DATA = Path("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 STRING = re.compile(rb"(?s:(?:\x00\x04\x00|\x00\x00\x80)\t(.{4}))")
@@ -32,7 +32,7 @@ def text() -> str:
     """
     data = _unpacked() / DATA
     if not data.exists():
-        raise cli.BenchmarkError("The novels are missing: run `python -m benchmarks.novels`.")
+        raise cli.BenchmarkError("The novels are missing: run `python -m benchmarks.texts.novels`.")
     return "\n".join(line for novel in _entries(data.read_bytes()) for line in _strings(novel))
 
 

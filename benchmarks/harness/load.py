@@ -5,23 +5,19 @@ samples the server's Prometheus metrics meanwhile.
 """
 
 import json
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import venvs
-from benchmarks.cli import BenchmarkError
-from benchmarks.servers import cause
-from benchmarks.text import passages
+from benchmarks.harness import venvs
+from benchmarks.harness.cli import BenchmarkError
+from benchmarks.harness.servers import cause
 from launch import group
 from vllm_sink import embedded
 
-SEED = 0
 LONGEST_STREAM = 100_000
 """In tokens: what a book of 145,736 has for every client."""
 PERCENTILES = ("p50", "p95", "p99")
@@ -98,17 +94,6 @@ def _tokenizer() -> Any:
 def text(tokens: list[int]) -> str:
     decoded: str = _tokenizer().decode(tokens)
     return decoded
-
-
-def draw(tokens: list[int], turns: list[int], length: int) -> list[list[list[int]]]:
-    """Passages in random order for so many clients in each turn.
-
-    So no prefix of one measurement is in the cache of the next.
-    """
-    every = passages(tokens, sum(turns), length)
-    random.Random(SEED).shuffle(every)
-    rest = iter(every)
-    return [list(islice(rest, clients)) for clients in turns]
 
 
 def run(url: str, model: str, clients: list[list[Request]]) -> dict[str, Any]:

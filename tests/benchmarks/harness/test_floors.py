@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from benchmarks.floors import Forward
+from benchmarks.harness.floors import Forward
 
 CONFIG = SimpleNamespace(
     vocab_size=100,

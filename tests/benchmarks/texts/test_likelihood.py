@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from benchmarks.likelihood import by_thousand, far_over_fresh, perplexity, ratio
+from benchmarks.texts.likelihood import by_thousand, far_over_fresh, perplexity, ratio
 
 
 def test_perplexity_of_even_odds() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import Worker
+from benchmarks.harness.engine import Worker
 
 DTYPE = "float32"
 CHUNK = 512

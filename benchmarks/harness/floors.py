@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from benchmarks.engine import end_with_parent, pin
+from benchmarks.harness.engine import end_with_parent, pin
 
 BYTES = {"bfloat16": 2, "float32": 4}
 

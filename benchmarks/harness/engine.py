@@ -20,7 +20,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 import psutil
 from rich.progress import Progress, track
 
-from benchmarks.cli import BenchmarkError
+from benchmarks.harness.cli import BenchmarkError
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
-"""Virtual environments for what cannot share ours: peers, the load generator, tests' Triton.
+"""Virtual environments for what cannot share ours: guests, the load generator, tests' Triton.
 
-    python -m benchmarks.venvs attention_sinks llamacpp load
+    python -m benchmarks.harness.venvs attention_sinks llamacpp load
 
 builds them under ~/.cache/vllm_sink from `requirements/venvs/*.lock`.
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import cli
+from benchmarks.harness import cli
 from vllm_sink import cache
 
-REQUIREMENTS = Path(__file__).parents[1] / "requirements"
+REQUIREMENTS = Path(__file__).parents[2] / "requirements"
+GUESTS = Path(__file__).parents[1] / "guests"
 NAMES = sorted(path.stem for path in (REQUIREMENTS / "venvs").glob("*.in"))
 WITH_TORCH = {"attention_sinks"}
 
@@ -34,9 +35,19 @@ def python(name: str) -> Path:
     interpreter = _folder(name) / "bin" / "python"
     if not interpreter.exists():
         raise cli.BenchmarkError(
-            f"The environment {name!r} is missing: run `python -m benchmarks.venvs {name}`."
+            f"The environment {name!r} is missing: run `python -m benchmarks.harness.venvs {name}`."
         )
     return interpreter
+
+
+def isolated(name: str) -> list[str]:
+    """The command line, but for a script of `GUESTS` and what it is told, in environment `name`.
+
+    Raises:
+        BenchmarkError: it is not built.
+    """
+    # Isolated: modules beside the script must not stand in for those it imports.
+    return [str(python(name)), "-I"]
 
 
 def packages(name: str) -> list[str]:

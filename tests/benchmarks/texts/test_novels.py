@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, novels
+from benchmarks.harness import cli
+from benchmarks.texts import novels
 
 
 def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(cli.BenchmarkError, match=r"run `python -m benchmarks\.novels`"):
+    with pytest.raises(cli.BenchmarkError, match=r"run `python -m benchmarks\.texts\.novels`"):
         novels.text()
 
 

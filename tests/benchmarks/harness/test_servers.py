@@ -7,9 +7,9 @@ from threading import Thread
 import psutil
 import pytest
 
-from benchmarks import servers, venvs
-from benchmarks.cli import BenchmarkError
-from benchmarks.servers import ARMS, Arm, Shape, Target, cause, found, running
+from benchmarks.harness import servers, venvs
+from benchmarks.harness.cli import BenchmarkError
+from benchmarks.harness.servers import ARMS, Arm, Shape, Target, cause, found, running
 from launch.server import free_port
 from vllm_sink.geometry import Geometry
 

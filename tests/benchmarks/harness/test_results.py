@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import results
-from benchmarks.results import spread, stored, write
+from benchmarks.harness import results
+from benchmarks.harness.results import spread, stored, write
 
 
 def test_spread() -> None:

@@ -8,16 +8,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import cli
-from benchmarks.engine import Engine, Worker
+from benchmarks.harness import cli
+from benchmarks.harness.engine import Engine, Worker
 
-ALONE = ("attention", "llamacpp_server", "peer_")
+WITH_TORCH = ("attention", "attention_arms")
+"""Whose kernels have no workers."""
 
 
 def test_benchmarks_leave_torch_to_their_workers() -> None:
     """Which set its number of threads before they import it."""
-    names = [path.stem for path in Path("benchmarks").glob("[!_]*.py")]
-    modules = ", ".join(f"benchmarks.{name}" for name in names if not name.startswith(ALONE))
+    files = [
+        file
+        for floor in ("", "harness", "texts")
+        for file in Path("benchmarks", floor).glob("[!_]*.py")
+        if file.stem not in WITH_TORCH
+    ]
+    modules = ", ".join(".".join(file.with_suffix("").parts) for file in files)
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -38,7 +44,7 @@ def test_workers_end_with_their_parent(how: signal.Signals, tmp_path: Path) -> N
         "import time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from benchmarks.engine import end_with_parent\n"
+        "from benchmarks.harness.engine import end_with_parent\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), end_with_parent)\n"
         "    pool.submit(time.sleep, 600)\n"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks import novels
+from benchmarks.texts import novels
 from launch.book import book
 
 
@@ -24,9 +24,3 @@ def _tokens(model: str | Path, text: str, count: int | None) -> list[int]:
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens[:count]
-
-
-def passages(tokens: list[int], count: int, length: int) -> list[list[int]]:
-    """`count` passages of `length` tokens, evenly spread; they overlap where the text is short."""
-    stride = (len(tokens) - length) // count
-    return [tokens[i * stride : i * stride + length] for i in range(count)]

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks import venvs
-from benchmarks.cli import BenchmarkError
+from benchmarks.harness import venvs
+from benchmarks.harness.cli import BenchmarkError
 from launch.server import ServerLostError, free_port, serving
 from vllm_sink import embedded
 from vllm_sink.geometry import Geometry
@@ -86,7 +86,6 @@ def stock(shape: Shape, port: int) -> list[str]:
 
 
 def llamacpp(shape: Shape, port: int) -> list[str]:
-    script = Path(__file__).with_name("llamacpp_server.py")
     settings = {
         "model": embedded.gguf(),
         "port": port,
@@ -94,8 +93,8 @@ def llamacpp(shape: Shape, port: int) -> list[str]:
         "stream-tokens": shape.cache_tokens,
         "keep": shape.geometry.sinks,
     }
-    # Isolated: modules of this folder must not stand in for those the server imports.
-    return [str(venvs.python("llamacpp")), "-I", str(script), *_flags(settings)]
+    script = str(venvs.GUESTS / "llamacpp_server.py")
+    return [*venvs.isolated("llamacpp"), script, *_flags(settings)]
 
 
 def _ours(shape: Shape, port: int) -> list[str]:

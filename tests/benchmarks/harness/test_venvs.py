@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli, venvs
+from benchmarks.harness import cli, venvs
 
 
 def test_every_environment_has_a_lock() -> None:
@@ -14,7 +14,8 @@ def test_every_environment_has_a_lock() -> None:
 
 def test_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(cli.BenchmarkError, match=r"run `python -m benchmarks\.venvs llamacpp`"):
+    told = r"run `python -m benchmarks\.harness\.venvs llamacpp`"
+    with pytest.raises(cli.BenchmarkError, match=told):
         venvs.python("llamacpp")
 
 

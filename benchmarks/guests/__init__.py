@@ -1,0 +1,1 @@
+"""Scripts for other virtual environments: they import nothing of this project."""

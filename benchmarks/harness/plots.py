@@ -1,0 +1,182 @@
+"""A picture of each benchmark's figures."""
+
+from collections.abc import Callable, Collection
+from itertools import groupby
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+from benchmarks.harness import names
+from benchmarks.harness.results import spread
+
+Record = dict[str, Any]
+Style = dict[str, Any]
+
+# Broad, pale and lowest, so that an arm which does the same is seen on top of it.
+OURS: Style = {"color": "C0", "lw": 6, "alpha": 0.4, "marker": "o", "ms": 10}
+STYLES: dict[str, Style] = {
+    "sink": OURS,
+    "sink-4": OURS,
+    "window": {"color": "C1", "ls": "--", "marker": "s", "ms": 5},
+    "full": {"color": "C5", "marker": "D", "ms": 5},
+    "dense": {"color": "C2", "ls": "--", "marker": "^", "ms": 5},
+    "recompute": {"color": "C3", "marker": "v", "ms": 5},
+    "sink-4-stream-positions": {"color": "C3", "ls": ":", "marker": "x", "ms": 5},
+    "llamacpp": {"color": "C4", "ls": "-.", "marker": "*", "ms": 7},
+}
+
+
+def perplexity(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    for arm, style in STYLES.items():
+        if arm in record["arms"]:
+            thousands = record["arms"][arm]["by_thousand"]
+            axes.plot(range(len(thousands)), thousands, label=names.of(arm), **style)
+    axes.set(xlabel="from token, thousands", ylabel="perplexity of a thousand tokens", yscale="log")
+    plain(axes.yaxis)
+    setup = record["setup"]
+    figure.suptitle(f"{setup['text']}, S + W = {setup['recompute']['cache']:,}")
+    legend(figure, axes)
+
+
+def recompute(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    rows = record["rows"]
+    caches = [row["cache"] for row in rows]
+    for key, arm in (("ours", "sink"), ("recompute", "recompute")):
+        spreads(axes, arm, caches, [row[f"{key}_ms"] for row in rows])
+        floors = [row[f"{key}_floor_ms"] for row in rows]
+        label, color = f"{names.of(arm)}, floor", STYLES[arm]["color"]
+        axes.plot(caches, floors, ":", color=color, label=label)
+    axes.set(xlabel="S + W, tokens", ylabel="ms a token", xscale="log", yscale="log")
+    plain(axes.xaxis, caches)
+    plain(axes.yaxis)
+    figure.suptitle("A token's latency, one stream on one core; bars: minimum to maximum")
+    legend(figure, axes)
+
+
+def position(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    pairs, near = record["pairs"], record["setup"]["near"]
+    positions = [pair["position"] for pair in pairs]
+    spreads(axes, "sink", positions, [pair["ratio"] for pair in pairs], "time of a step")
+    blocks = [max(pair["far"]["kv_blocks"]) / max(pair["near"]["kv_blocks"]) for pair in pairs]
+    axes.plot(positions, blocks, "s--", color="C1", label="KV blocks")
+    axes.set(
+        xlabel="position in the stream, tokens",
+        ylabel=f"ratio to position {near:,}",
+        xscale="log",
+        ylim=(0, 2),
+    )
+    plain(axes.xaxis, positions)
+    figure.suptitle("Sinks far down a stream; bars: minimum to maximum")
+    legend(figure, axes)
+
+
+def throughput(figure: Figure, record: Record) -> None:
+    rate, wait = figure.subplots(1, 2)
+    every: set[int] = set()
+    for arm, measured in record["arms"].items():
+        points = [point for point in measured["points"] if point["output_tokens_s"]]
+        turns = [[*turn] for _, turn in groupby(points, lambda point: point["clients"])]
+        clients = [turn[0]["clients"] for turn in turns]
+        rates = [spread([point["output_tokens_s"] for point in turn]) for turn in turns]
+        waits = [spread([point["inter_token_ms"]["p95"] for point in turn]) for turn in turns]
+        spreads(rate, arm, clients, rates)
+        spreads(wait, arm, clients, waits)
+        every.update(clients)
+    for axes in (rate, wait):
+        axes.set(xlabel="clients at once", xscale="log")
+        plain(axes.xaxis, sorted(every))
+    rate.set(ylabel="tokens/s of all clients", ylim=(0, None))
+    wait.set(ylabel="ms between tokens, p95 of streams", yscale="log")
+    plain(wait.yaxis)
+    sizes = record["setup"]["geometry"]
+    figure.suptitle(
+        f"Many clients, S + W = {sizes['sinks'] + sizes['window']:,}; bars: minimum to maximum"
+    )
+    legend(figure, rate)
+
+
+def capacity(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    held = {f"{names.of('sink')},\nany length": record["sink"]["streaming"]}
+    for context, streams in record["dense_by_blocks"].items():
+        held[f"{names.of('dense')},\n{int(context):,} tokens"] = streams
+    colors = [STYLES[arm]["color"] for arm in ("sink", *["dense"] * (len(held) - 1))]
+    bars = axes.bar(list(held), list(held.values()), color=colors)
+    axes.bar_label(bars, fmt="{:g}")
+    axes.set(ylabel="streams", yscale="log")
+    axes.margins(y=0.1)
+    plain(axes.yaxis)
+    setup = record["setup"]
+    figure.suptitle(
+        f"Streams in a KV pool of {record['pool_tokens']:,} tokens, "
+        f"S + W = {setup['sink_tokens'] + setup['window_tokens']:,}"
+    )
+
+
+def streameval(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    setup = record["setup"]
+    for arm, cells in record["arms"].items():
+        style = STYLES[arm]
+        right = [100 * cell["accuracy"] for cell in cells]
+        low, high = zip(*([100 * x for x in cell["interval"]] for cell in cells), strict=True)
+        axes.plot(setup["distances"], right, label=names.of(arm), **style)
+        axes.fill_between(setup["distances"], low, high, alpha=0.12, color=style["color"])
+    axes.axvline(record["in_sight"], ls=":", color="black", label="end of the sinks' window")
+    axes.axhline(100 * record["chance"], lw=0.8, color="gray", label="chance")
+    axes.set(xlabel="tokens since the answer", ylabel="right answers, %", ylim=(-3, 100))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.suptitle(f"What is remembered, S + W = {setup['cache']:,}; shaded: 95 % intervals")
+    legend(figure, axes)
+
+
+def spreads(
+    axes: Axes,
+    arm: str,
+    at: list[int],
+    seen: list[dict[str, float]],
+    label: str | None = None,
+) -> None:
+    """A line through the medians, each with its minimum and maximum."""
+    medians = [one["median"] for one in seen]
+    below = [one["median"] - one["min"] for one in seen]
+    above = [one["max"] - one["median"] for one in seen]
+    bars = axes.errorbar(at, medians, (below, above), capsize=4, barsabove=True, **STYLES[arm])
+    # Not on the bars, which a legend lists behind all lines.
+    bars.lines[0].set_label(label or names.of(arm))
+
+
+def plain(axis: Axis, measured: Collection[float] = ()) -> None:
+    """Numbers without exponents on a logarithmic axis: those measured, or else 1, 2, 5, 10, ..."""
+    axis.set_major_locator(FixedLocator([*measured]) if measured else LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,.10g}")
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Below, where it hides nothing."""
+    lines, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        lines,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels),
+        columnspacing=1.2,
+        frameon=False,
+    )
+
+
+DRAW: dict[str, Callable[[Figure, Record], None]] = {
+    "perplexity": perplexity,
+    "recompute": recompute,
+    "position": position,
+    "throughput": throughput,
+    "capacity": capacity,
+    "streameval": streameval,
+}
