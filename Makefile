@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := .venv/bin
 LOCKS := $(addprefix requirements/,bootstrap.lock debian.lock python.lock torch.lock)
-# A process a core; tests/conftest.py says which tests stay together.
+# A process a core; tests/scheduling.py says which tests stay together.
 PARALLEL := -n auto
 # The GPU kernel, and what is built on it, in Triton's interpreter.
 INTERPRETED := tests/attention $(addprefix tests/,benchmarks/test_attention.py engine/test_triton.py \
@@ -19,7 +19,7 @@ INTERPRETED := tests/attention $(addprefix tests/,benchmarks/test_attention.py e
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
-.PHONY: install venvs demo serve check test test-fast lock clean
+.PHONY: install venvs demo serve check test test-fast gpu-check lock clean
 
 install: .venv/.installed
 
@@ -53,15 +53,27 @@ test: install venvs
 test-fast: install venvs
 	$(BIN)/pytest $(PARALLEL) -m 'not slow'
 
+# On a machine with an NVIDIA GPU; it brings .venv-gpu itself. QUICK=1: what ten minutes allow, and the
+# next call goes on from there.
+gpu-check:
+	$(if $(shell command -v $(PYTHON)),$(PYTHON),python3) -m launch.gpu_check $(if $(QUICK),--quick)
+
+.venv-gpu/.installed: requirements/gpu.lock pyproject.toml requirements/install
+	PYTHON=$(PYTHON) requirements/install gpu
+	@touch $@
+
 # Resolves anew, to the newest versions that fit; `make install` then brings .venv up to the result.
 lock: install
 	$(COMPILE) requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(COMPILE) pyproject.toml --extra dev --extra cpu requirements/lock.in \
-		--excludes requirements/excluded.in --excludes requirements/lock_excluded.in \
-		-o requirements/python.lock
+		--excludes requirements/excluded.in --excludes requirements/cpu_excluded.in \
+		--excludes requirements/lock_excluded.in -o requirements/python.lock
+	$(COMPILE) pyproject.toml --extra dev --extra gpu requirements/gpu.in \
+		--excludes requirements/excluded.in --python-platform x86_64-manylinux_2_31 \
+		--only-binary :all: -o requirements/gpu.lock
 	for name in requirements/venvs/*.in; do \
-		$(COMPILE) $$name --excludes requirements/excluded.in -o $${name%.in}.lock || exit; \
+		$(COMPILE) $$name --excludes requirements/cpu_excluded.in -o $${name%.in}.lock || exit; \
 	done
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

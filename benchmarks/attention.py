@@ -14,9 +14,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from benchmarks.harness import cli, results
 from benchmarks.harness.attention_arms import (
@@ -46,8 +43,6 @@ RATIOS = (
     ("sinks", "flash"),
     ("far", "near"),
 )
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -168,17 +163,12 @@ def summary(
     }
 
 
-def show(points: list[dict[str, Any]]) -> None:
-    table = Table("step", "median ms", "ratios")
-    for point in points:
-        what = "{kind}, {model}, S + W = {cache:,}\n{streams} x {queries:,}, to token {length:,}"
-        ms = [f"{arm} {turns['median']:.4f}" for arm, turns in point.get("ms", {}).items()]
-        ratios = [f"{arms} {x['median']:.3f}" for arms, x in point.get("ratios", {}).items()]
-        figures = "\n".join(ms) or point["skipped"], "\n".join(ratios)
-        table.add_row(what.format(**point), *figures, end_section=True)
-    console.print(table)
-    for arm, why in sorted({why for point in points for why in point.get("left_out", {}).items()}):
-        console.print(f"{arm} was left out: {why}")
+def line(point: dict[str, Any]) -> str:
+    """In plain text, so that machines with torch and triton alone can run this."""
+    what = "{kind}, {model}, S + W = {cache:,}, {streams} x {queries:,} to token {length:,}"
+    ms = [f"{arm} {turns['median']:.4f} ms" for arm, turns in point.get("ms", {}).items()]
+    ratios = [f"{arms} {x['median']:.3f}" for arms, x in point.get("ratios", {}).items()]
+    return f"{what.format(**point)}: {', '.join([*ms, *ratios]) or point['skipped']}"
 
 
 def main() -> None:
@@ -200,10 +190,14 @@ def main() -> None:
     figures = results.stored(path, setup, options.fresh)
     figures = figures or {"setup": setup, **ceilings(plan.turn_ms), "points": []}
     points = figures["points"]
-    for point in track(plan.points()[len(points) :], console=console):
+    for point in points:
+        print(line(point))
+    for point in plan.points()[len(points) :]:
         points.append(measure(point, plan, figures["copy_bytes_a_second"]))
         results.write(path, "benchmarks.attention", figures)
-    show(points)
+        print(line(points[-1]))
+    for arm, why in sorted({why for point in points for why in point.get("left_out", {}).items()}):
+        print(f"{arm} was left out: {why}")
 
 
 if __name__ == "__main__":

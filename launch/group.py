@@ -16,7 +16,8 @@ GRACE_SECONDS = 10
 class Group:
     leader: subprocess.Popen[bytes]
     log: Path
-    """What all of them write; gone with them."""
+    """What all of them write."""
+    grace_seconds: float
 
     def stop(self) -> None:
         """Ask the whole group to end, then kill what is left of it. Not interruptible."""
@@ -24,7 +25,7 @@ class Group:
         with suppress(ProcessLookupError):
             os.killpg(self.leader.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
-                self.leader.wait(GRACE_SECONDS)
+                self.leader.wait(self.grace_seconds)
             os.killpg(self.leader.pid, signal.SIGKILL)
         self.leader.wait()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -32,17 +33,32 @@ class Group:
 
 @contextmanager
 def running(command: list[str], environment: Mapping[str, str] = os.environ) -> Iterator[Group]:
-    with tempfile.NamedTemporaryFile(prefix="vllm-sink-", suffix=".log") as log:
+    """With a log that is gone when they are."""
+    with (
+        tempfile.NamedTemporaryFile(prefix="vllm-sink-", suffix=".log") as log,
+        logged(Path(log.name), command, environment) as group,
+    ):
+        yield group
+
+
+@contextmanager
+def logged(
+    log: Path,
+    command: list[str],
+    environment: Mapping[str, str] = os.environ,
+    grace_seconds: float = GRACE_SECONDS,
+) -> Iterator[Group]:
+    with log.open("wb") as output:
         leader = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        group = Group(leader, Path(log.name))
-        try:
-            yield group
-        finally:
-            group.stop()
+    group = Group(leader, log, grace_seconds)
+    try:
+        yield group
+    finally:
+        group.stop()

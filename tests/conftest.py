@@ -3,15 +3,10 @@
 import os
 import sys
 from importlib.util import find_spec
-from pathlib import PurePath
 from typing import Any
 
 import hypothesis
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadFileScheduling
-
-from benchmarks.harness import venvs
 
 # No test may reach for a model hub. huggingface_hub reads this once, when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED and not find_spec("triton"):
     # Apart from .venv, where vLLM's CPU build would complain of it in every log.
+    from benchmarks.harness import venvs
+
     sys.path += venvs.packages("triton")
 
 # No test may fail because the machine is busy.
@@ -28,19 +25,18 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 
-class Scheduling(LoadFileScheduling):
-    """Files stay whole, and all that load models in vLLM stay in one process, in order.
+if not find_spec("pytest_timeout"):
 
-    Once vLLM has loaded a GPT-NeoX, Transformers cannot make one in that process any more. Marks of
-    `xdist_group` would say the same, but have no effect with pytest 9.2 and pytest-xdist 3.8.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "engines" if PurePath(file).parent.name in ("engine", "plugin") else file
+    def pytest_addoption(parser: pytest.Parser) -> None:
+        """Of pyproject.toml's settings, the one that pytest alone would refuse."""
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    # Where tests run on torch, triton, pytest and hypothesis alone, there is no pytest-xdist.
+    from tests.scheduling import Scheduling
+
     return Scheduling(config, log)
 
 

@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+GPU_SHARE = 0.4
+"""Of a GPU's memory: two engines at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,19 @@ class Engine:
 
     def __init__(self, model: str | Path, arguments: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.platforms import current_platform
 
-        defaults = {
+        defaults: dict[str, Any] = {
             "enforce_eager": True,
             "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "seed": 0,
         }
+        if current_platform.is_cuda():
+            defaults["gpu_memory_utilization"] = GPU_SHARE
+            sink = arguments.get("additional_config", {}).get("sink")
+            if sink and sink.get("policy") != "full":
+                defaults["attention_backend"] = "CUSTOM"
         self.llm = LLM(str(model), **(defaults | arguments))
         self.engine = self.llm.llm_engine
         self.open: list[str] = []

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
 import vllm_sink
 
 CODE = Path(vllm_sink.__file__).parent
@@ -81,7 +79,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu.get("model name", platform.machine()),
         "cpu_flags": sorted(TELLING_FLAGS.intersection(flags)),
         "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load_1min": round(os.getloadavg()[0], 2),
         **_gpu(),
     }

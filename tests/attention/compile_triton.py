@@ -2,11 +2,11 @@
 
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from benchmarks.harness import venvs
 from tests.attention.cases import CASES, H100_PROCESSORS, inputs, over, paged, paged_in_fp8
 
 LAUNCHED = (
@@ -34,7 +34,10 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Of a block at most (CUDA C++ Programming Guide, compute capabilities)."""
 
 if __name__ == "__main__":
-    sys.path += venvs.packages("triton")
+    if not find_spec("triton"):
+        from benchmarks.harness import venvs
+
+        sys.path += venvs.packages("triton")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -152,6 +152,17 @@ def test_ratios_are_of_turns_side_by_side() -> None:
     assert record["ms"]["floor"]["median"] == 1.0
 
 
+def test_a_point_is_a_line() -> None:
+    record = attention.summary(POINTS["chunk"], {"sinks": [0.25], "flash": [0.5]}, 1.0)
+    assert attention.line(record) == (
+        "prefill, tiny, S + W = 64, 1 x 53 to token 190: "
+        "sinks 0.2500 ms, flash 0.5000 ms, sinks/flash 0.500"
+    )
+    too_large = attention.skipped(POINTS["chunk"], 0)
+    assert too_large is not None
+    assert "1 x 53 to token 190: its cache takes 0.0 GiB, over" in attention.line(too_large)
+
+
 def test_the_page_has_a_section_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(name="some GPU", total_memory=2**34)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -46,6 +46,12 @@ def test_servers_differ_in_what_is_compared_alone(arm: str) -> None:
     assert command.endswith(expected.get(arm, "--port=8123"))
 
 
+def test_servers_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "_on_gpu", lambda: True)
+    for arm in set(ARMS) - {"llamacpp"}:
+        assert "--gpu-memory-utilization=0.2" in ARMS[arm].command(SHAPE, 8123)
+
+
 def test_only_a_client_that_recomputes_truncates() -> None:
     assert [name for name, arm in ARMS.items() if arm.truncates] == ["recompute"]
 
