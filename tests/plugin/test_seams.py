@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from packaging.requirements import Requirement
-from vllm import AsyncEngineArgs
 from vllm.config import VllmConfig
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers import rotary_embedding
 from vllm.platforms.cpu import CpuPlatform
 from vllm.plugins import DEFAULT_PLUGINS_GROUP
-from vllm.usage.usage_lib import UsageContext
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -27,10 +26,12 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import get_manager_for_kv_cache_spec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.utils import customize_attention_spec
 
-from vllm_sink.plugin import register, rotary
+from vllm_sink.plugin import capacity, register, rotary
 from vllm_sink.plugin.cpu_backend import CPUSinkBackend
+from vllm_sink.plugin.engine_config import CPU_WORKER, STOCK_CPU_WORKER
 from vllm_sink.plugin.manager import SinkManager
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.settings import SettingsError, SinkSettings
@@ -42,6 +43,8 @@ MANAGER = f"{MANAGERS}:SlidingWindowManager"
 POOL = "vllm.v1.core.block_pool:BlockPool"
 CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttention"
+KV_CACHE = "vllm.v1.core.kv_cache_utils"
+WARNING = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 ROTARY = "vllm.model_executor.layers.rotary_embedding"
 # Where it is defined: the name in the package is the one we replace.
 LONGROPE = f"{ROTARY}.phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding"
@@ -137,15 +140,20 @@ PARAMETERS = {
     f"{LONGROPE}.forward": "self positions query key offsets",
     f"{GPT_NEOX}.forward": "self x position_ids",
     "torch.nn.modules.module:register_module_module_registration_hook": "hook",
-    # plugin/config.py, plugin/check.py
+    # plugin/config.py, plugin/check.py, plugin/engine_config.py, plugin/presence.py
+    "vllm.plugins:load_general_plugins": "",
+    "vllm.transformers_utils.config:iter_rope_parameters": "config",
     "vllm.config:get_current_vllm_config_or_none": "",
     "vllm.config:get_current_vllm_config": "",
     f"{VLLM_CONFIG}.__post_init__": "self",
     f"{MODEL_CONFIG}.get_sliding_window": "self",
-    # serve.py
+    # plugin/cpu_worker.py
+    "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens": "self grammar_output",
+    # serve.py, server/
     f"{ENGINE_ARGS}.from_cli_args": "args",
-    f"{ENGINE_ARGS}.create_model_config": "self",
-    f"{ENGINE_ARGS}.get_batch_defaults": "world_size",
+    f"{ENGINE_ARGS}.create_engine_config": "self usage_context headless",
+    "vllm.entrypoints.serve.utils.api_utils:get_max_tokens": "max_model_len max_tokens "
+    "input_length default_sampling_params override_max_tokens truncate_prompt_tokens",
     "vllm_sink.serve:make_arg_parser": "parser",
     f"{SERVE}.validate": "self args",
     f"{SERVE}.cmd": "args",
@@ -173,14 +181,22 @@ HELD = {
     "short_mscale long_mscale",
     GPT_NEOX: "inv_freq attention_scaling rope_type",
     VLLM_CONFIG: "additional_config model_config cache_config parallel_config attention_config "
-    "scheduler_config speculative_config kv_transfer_config",
-    MODEL_CONFIG: "architecture attn_type hf_text_config is_mm_prefix_lm is_submodel_config "
+    "scheduler_config speculative_config kv_transfer_config lora_config",
+    MODEL_CONFIG: "architecture attn_type enforce_eager hf_text_config is_mm_prefix_lm "
+    "is_submodel_config "
     "max_model_len model model_arch_config use_mla uses_mrope",
     "vllm.config.model_arch:ModelArchitectureConfig": "derived_max_model_len_and_key",
-    "vllm.config:CacheConfig": "DEFAULT_BLOCK_SIZE cache_dtype kv_cache_memory_bytes",
-    "vllm.config:ParallelConfig": "decode_context_parallel_size prefill_context_parallel_size",
+    "vllm.config:CacheConfig": "DEFAULT_BLOCK_SIZE cache_dtype gpu_memory_utilization "
+    "kv_cache_dtype_skip_layers kv_cache_memory_bytes kv_offloading_size kv_sharing_fast_prefill "
+    "prefix_cache_retention_interval",
+    "vllm.config:ParallelConfig": "data_parallel_size_local decode_context_parallel_size "
+    "local_world_size pipeline_parallel_size prefill_context_parallel_size worker_cls",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
-    "vllm.config:SchedulerConfig": "max_num_batched_tokens",
+    "vllm.config:SchedulerConfig": "enable_chunked_prefill max_num_batched_tokens max_num_seqs",
+    "vllm.config:SpeculativeConfig": "method",
+    "vllm.config:KVTransferConfig": "kv_connector",
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "default_sampling_params",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_ids",
     "vllm.platforms.cpu:CpuPlatform": "is_cpu is_cuda device_name",
     ENGINE_ARGS: "additional_config attention_backend attention_config block_size "
     "kv_cache_memory_bytes max_model_len max_num_seqs model",
@@ -368,7 +384,46 @@ def test_rotary_classes_are_replaced_by_name() -> None:
         assert_seam(f"op_registry_oot[{stock!r}]", op, op_registry_oot.get(stock))
 
 
-def test_vllm_chooses_batches_for_its_server() -> None:
-    for defaults in AsyncEngineArgs.get_batch_defaults(world_size=1):
-        found = defaults.get(UsageContext.OPENAI_API_SERVER)
-        assert isinstance(found, int), changed(f"{ENGINE_ARGS}.get_batch_defaults", "int", found)
+def test_a_cpu_engine_gets_our_worker() -> None:
+    register()
+    config = VllmConfig(additional_config={"sink": {}})
+    assert_seam(
+        "vllm.config:ParallelConfig.worker_cls", CPU_WORKER, config.parallel_config.worker_cls
+    )
+    assert issubclass(resolve_obj_by_qualname(CPU_WORKER), CPUWorker)
+    stock = VllmConfig().parallel_config.worker_cls
+    assert_seam("vllm.platforms.cpu: worker_cls", STOCK_CPU_WORKER, stock)
+
+
+def test_vllm_logs_a_capacity_that_we_leave_out() -> None:
+    seam = f"{KV_CACHE}:update_kv_cache_capacity"
+    logged = [text for text in resolve(seam).__code__.co_consts if "KV cache size" in str(text)]
+    assert len(logged) == 1, changed(seam, "a line with the KV cache size", logged)
+    assert_seam(f"{KV_CACHE}:logger", capacity.vllm_log.name, resolve(f"{KV_CACHE}:logger").name)
+
+
+def test_vllm_warns_of_positions_past_the_trained_context() -> None:
+    seam = "vllm.config.model:_get_and_verify_max_len"
+    told = [text for text in resolve(seam).__code__.co_consts if WARNING in str(text)]
+    assert told, changed(seam, f"a warning of {WARNING}", told)
+
+
+# What follows are faults of vLLM: where one of these tests fails, it is mended, and so is not to be
+# refused or worked around any more.
+
+
+def test_a_generator_of_a_cpu_has_no_offset() -> None:
+    """plugin/cpu_worker.py."""
+    runner = resolve("vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync")
+    assert {"set_offset", "get_offset"} <= {*runner.__code__.co_names}
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        torch.Generator().get_offset()
+
+
+def test_a_row_without_an_adapter_gets_the_last_ones() -> None:
+    """`enable_lora` in plugin/check.py: such a row has the index -1."""
+    expand = resolve("vllm.lora.ops.torch_ops:bgmv_expand")
+    rows, weights = torch.ones(2, 1), torch.stack([torch.zeros(3, 1), torch.ones(3, 1)])
+    out = torch.zeros(2, 3)
+    expand(rows, weights, out, torch.tensor([0, -1]))
+    assert out.tolist() == [[0.0] * 3, [1.0] * 3]
