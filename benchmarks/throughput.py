@@ -87,7 +87,7 @@ QUICK = Plan(
     clients=2,
     rounds=1,
     geometry=Geometry(sinks=4, window=60),
-    workload=load.Workload(prompt_tokens=32, output_tokens=96, resent_every=32),
+    workload=load.Workload(prompt_tokens=32, output_tokens=256, resent_every=32),
     long_prompt_tokens=None,
 )
 

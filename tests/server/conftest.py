@@ -1,11 +1,23 @@
-"""A tiny checkpoint to serve, and the environment of a fresh process."""
+"""A tiny checkpoint to serve, real servers of it, and the environment of a fresh process."""
 
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from launch.server import free_port
 from vllm_sink import embedded
 
 CONTEXT = 256
@@ -39,3 +51,54 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+
+
+@dataclass
+class Server:
+    process: psutil.Popen
+    url: str
+    log: Path
+
+    def metric(self, name: str) -> float:
+        text = httpx.get(f"{self.url}/metrics").text
+        return sum(float(v) for v in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
+
+    def request(self, **body: Any) -> dict[str, Any]:
+        defaults = {"ignore_eos": True, "temperature": 0.0}
+        return {"url": f"{self.url}/v1/completions", "json": defaults | body, "timeout": 240}
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator[Server]:
+    """A server that answers, on a port of its own and with a log in `folder`, until the end."""
+    log, port = folder / "server.log", free_port()
+    with log.open("w") as out:
+        process = psutil.Popen(
+            [*command, f"--port={port}", "--host=127.0.0.1"],
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    running = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        wait_for(lambda: process.poll() is not None or is_up(running.url), timeout=240)
+        assert process.poll() is None, log.read_text()[-4000:]
+        yield running
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_for(condition: Any, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.2)

@@ -4,14 +4,10 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -20,7 +16,7 @@ from transformers import GPTNeoXConfig
 
 from vllm_sink.serve import main
 
-from .conftest import CONTEXT
+from .conftest import CONTEXT, Server, started, wait_for
 
 SINKS, WINDOW, CAPACITY = 4, 60, 1024
 MODULE = [sys.executable, "-m", "vllm_sink.serve"]
@@ -121,32 +117,11 @@ def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path) -> None:
     assert re.match(r"sink: layer .* has no position encoding .*; accepted are ALiBi ", sentence)
 
 
-@dataclass
-class Server:
-    process: psutil.Popen
-    url: str
-    log: Path
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(float(v) for v in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
-
-    def request(self, **body: Any) -> dict[str, Any]:
-        defaults = {"model": "tiny", "ignore_eos": True, "temperature": 0.0}
-        return {"url": f"{self.url}/v1/completions", "json": defaults | body, "timeout": 240}
-
-
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     flags = {
         "model": model,
         "served-model-name": "tiny",
-        "host": "127.0.0.1",
-        "port": port,
         "sink-tokens": SINKS,
         "window-tokens": WINDOW,
         "max-model-len": CAPACITY,
@@ -154,38 +129,11 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         "block-size": 32,
         "kv-cache-memory-bytes": 2**26,
     }
-    arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = psutil.Popen(
-            [*MODULE, *arguments, "--enforce-eager"],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    running = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        wait_for(lambda: process.poll() is not None or is_up(running.url), timeout=240)
-        assert process.poll() is None, log.read_text()[-4000:]
+    arguments = [f"--{flag}={value}" for flag, value in flags.items()]
+    with started(
+        [*MODULE, *arguments, "--enforce-eager"], tmp_path_factory.mktemp("log")
+    ) as running:
         yield running
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-
-
-def is_up(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def wait_for(condition: Any, timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow
@@ -213,7 +161,7 @@ def test_a_stream_passes_its_window_and_the_trained_context(server: Server) -> N
     tokens = CONTEXT + 3 * WINDOW
     body = {"prompt": [1] * 20, "max_tokens": tokens, "stream": True}
     usage = {"stream_options": {"include_usage": True}}
-    with httpx.stream("POST", **server.request(**body, **usage)) as response:
+    with httpx.stream("POST", **server.request(model="tiny", **body, **usage)) as response:
         assert response.status_code == 200
         data = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert data.pop() == "[DONE]"
@@ -240,7 +188,7 @@ def test_a_chat_ends_where_it_says_or_at_the_default(
 
 @pytest.mark.slow
 def test_a_prompt_over_the_capacity_is_a_bad_request(server: Server) -> None:
-    response = httpx.post(**server.request(prompt=[1] * (CAPACITY + 1), max_tokens=1))
+    response = httpx.post(**server.request(model="tiny", prompt=[1] * (CAPACITY + 1), max_tokens=1))
     assert response.status_code == 400
     assert str(CAPACITY) in response.json()["error"]["message"]
 
@@ -248,7 +196,7 @@ def test_a_prompt_over_the_capacity_is_a_bad_request(server: Server) -> None:
 @pytest.mark.slow
 def test_a_client_that_hangs_up_gives_its_blocks_back(server: Server) -> None:
     body = {"prompt": [1] * 100, "max_tokens": CAPACITY - 100, "stream": True}
-    with httpx.stream("POST", **server.request(**body)) as response:
+    with httpx.stream("POST", **server.request(model="tiny", **body)) as response:
         lines = response.iter_lines()
         while not next(lines).startswith("data: "):
             pass
