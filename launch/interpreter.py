@@ -44,7 +44,7 @@ def versions() -> dict[str, str]:
 def finds_gpu() -> bool:
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # a library of CUDA's may be missing
         return False
     return bool(torch.cuda.is_available())
 

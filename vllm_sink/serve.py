@@ -3,8 +3,10 @@
 Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and four of its own.
 """
 
+import gc
 import logging
 import os
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from typing import get_args
@@ -44,16 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # After a failed start Python's tracker cleans up behind vLLM, and would have the last word.
     ignored = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, ignored))
-    parser = make_parser()
-    args = parser.parse_args(arguments)
+    refusal = None
     try:
         with passed_on():
             presence.require()
+            args = make_parser().parse_args(arguments)
             fill_in(args)
             ServeSubcommand().validate(args)
             ServeSubcommand.cmd(args)
     except (SettingsError, embedded.EmbeddedModelError) as error:
-        parser.exit(2, f"{PROGRAM}: error: {error}\n")
+        refusal = str(error)
+    if refusal:
+        # Before the last word, not after it: processes of vLLM's that end with their owners.
+        logging.disable()
+        gc.collect()
+        print(f"{PROGRAM}: error: {refusal}", file=sys.stderr)
+        sys.exit(2)
 
 
 def make_parser() -> FlexibleArgumentParser:
@@ -81,8 +89,8 @@ def make_parser() -> FlexibleArgumentParser:
     sinks.add_argument(
         "--default-max-tokens",
         type=natural,
-        help="tokens of an answer whose request names no limit (default: as many as the model's "
-        "trained context; 0: no end)",
+        help="tokens of an answer whose request names no limit (default: the model's own "
+        "max_new_tokens, or as many as its trained context; 0: no end)",
     )
     parser = make_arg_parser(parser)
     parser.set_defaults(model=None)

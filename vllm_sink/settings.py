@@ -47,14 +47,14 @@ class SinkSettings(BaseModel):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise SettingsError(_sentence(error)) from None
+            raise SettingsError(sentence_of(error, "sink")) from None
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence_of(error: ValidationError, *section: str) -> str:
+    """The first thing wrong: the setting, below `section`, its value, and what is accepted."""
     first = error.errors()[0]
-    setting = ".".join(["sink", *map(str, first["loc"])])
+    setting = ".".join([*section, *map(str, first["loc"])])
+    said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        accepted = "unknown; accepted keys are " + ", ".join(SinkSettings.model_fields)
-    else:
-        accepted = first["msg"][0].lower() + first["msg"][1:]
-    return f"{setting}={first['input']!r}: {accepted}"
+        said = "unknown; accepted keys are " + ", ".join(SinkSettings.model_fields)
+    return f"{setting}={first['input']!r}: {said[0].lower()}{said[1:]}" if setting else said

@@ -22,7 +22,7 @@ STYLES: dict[str, Style] = {
     "sink-4": OURS,
     "window": {"color": "C1", "ls": "--", "marker": "s", "ms": 5},
     "full": {"color": "C5", "marker": "D", "ms": 5},
-    "dense": {"color": "C2", "ls": "--", "marker": "^", "ms": 5},
+    "dense": {"color": "C2", "ls": "--", "marker": "^", "ms": 11, "mfc": "none"},
     "recompute": {"color": "C3", "marker": "v", "ms": 5},
     "sink-4-stream-positions": {"color": "C3", "ls": ":", "marker": "x", "ms": 5},
     "llamacpp": {"color": "C4", "ls": "-.", "marker": "*", "ms": 7},

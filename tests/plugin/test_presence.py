@@ -93,3 +93,15 @@ def test_a_plugin_that_is_not_installed() -> None:
     assert done.stderr.splitlines()[-1].startswith(
         "vllm_sink.settings.SettingsError: vllm.general_plugins='sink': this entry point is not "
     )
+
+
+def test_a_plugin_that_does_not_load() -> None:
+    code = (
+        "import sys; sys.modules['vllm_sink.plugin.backend'] = None;"
+        "from vllm_sink.plugin.presence import require; require()"
+    )
+    done = elsewhere(code)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "vllm_sink.settings.SettingsError: vllm.general_plugins: a plugin does not load: "
+    )

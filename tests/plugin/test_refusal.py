@@ -1,24 +1,52 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from vllm_sink.plugin.refusal import VARIABLE, passed_on, refuse
+from vllm_sink.plugin.refusal import LOGS, VARIABLE, passed_on, refuse
 from vllm_sink.settings import SettingsError
 
-CHILD = "from vllm_sink.plugin.refusal import refuse; refuse('w=1: accepted is 2')"
+REFUSING = "from vllm_sink.plugin.refusal import refuse; refuse('w=1: accepted is 2')"
+FAILING = f"""
+import logging
+from vllm_sink import plugin
+plugin.register()
+for name, text in zip({LOGS}, ("first\\n words", "second")):
+    try:
+        raise ValueError(text)
+    except ValueError:
+        logging.getLogger(name).exception("failed to start")
+"""
 
 
-def test_a_refusal_of_a_process_comes_before_what_it_caused() -> None:
-    with pytest.raises(SettingsError, match=r"^w=1: accepted is 2$"), passed_on():
-        subprocess.run([sys.executable, "-c", CHILD], stderr=subprocess.DEVNULL, check=True)
+@pytest.fixture
+def started() -> Callable[[str], None]:
+    """A server whose process runs some code, and that fails after it."""
+
+    @passed_on()
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        raise RuntimeError("a process failed")
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"), [(REFUSING, r"^w=1: accepted is 2$"), (FAILING, r"^first words$")]
+)
+def test_the_first_word_of_a_process_comes_before_what_it_caused(
+    started: Callable[[str], None], code: str, sentence: str
+) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        started(code)
     assert VARIABLE not in os.environ
 
 
-def test_other_errors_stay() -> None:
-    with pytest.raises(RuntimeError, match=r"^a process failed$"), passed_on():
-        raise RuntimeError("a process failed")
+def test_other_errors_stay(started: Callable[[str], None]) -> None:
+    with pytest.raises(RuntimeError, match=r"^a process failed$"):
+        started("pass")
 
 
 def test_without_a_server_it_is_raised_alone() -> None:

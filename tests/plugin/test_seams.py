@@ -33,6 +33,7 @@ from vllm_sink.plugin import capacity, register, rotary
 from vllm_sink.plugin.cpu_backend import CPUSinkBackend
 from vllm_sink.plugin.engine_config import CPU_WORKER, STOCK_CPU_WORKER
 from vllm_sink.plugin.manager import SinkManager
+from vllm_sink.plugin.refusal import LOGS
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.settings import SettingsError, SinkSettings
 
@@ -181,7 +182,7 @@ HELD = {
     "short_mscale long_mscale",
     GPT_NEOX: "inv_freq attention_scaling rope_type",
     VLLM_CONFIG: "additional_config model_config cache_config parallel_config attention_config "
-    "scheduler_config speculative_config kv_transfer_config lora_config",
+    "scheduler_config speculative_config kv_transfer_config lora_config use_v2_model_runner",
     MODEL_CONFIG: "architecture attn_type enforce_eager hf_text_config is_mm_prefix_lm "
     "is_submodel_config "
     "max_model_len model model_arch_config use_mla uses_mrope",
@@ -393,6 +394,18 @@ def test_a_cpu_engine_gets_our_worker() -> None:
     assert issubclass(resolve_obj_by_qualname(CPU_WORKER), CPUWorker)
     stock = VllmConfig().parallel_config.worker_cls
     assert_seam("vllm.platforms.cpu: worker_cls", STOCK_CPU_WORKER, stock)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "v1.engine.core:EngineCoreProc.run_engine_core",
+        "v1.executor.multiproc_executor:WorkerProc.worker_main",
+    ],
+)
+def test_vllm_logs_why_a_process_does_not_start(function: str) -> None:
+    assert_mentioned(f"vllm.{function}", ["logger", "exception"])
+    assert resolve(f"vllm.{function.partition(':')[0]}:logger").name in LOGS
 
 
 def test_vllm_logs_a_capacity_that_we_leave_out() -> None:

@@ -233,7 +233,45 @@ def test_streams_are_as_many_as_vllm_makes_them(model: Path, free: int) -> None:
     assert doubled.max_model_len == args.max_model_len // 2
 
 
-def test_a_limit_for_answers_that_name_none(model: Path) -> None:
-    assert completed("--model", model).default_max_tokens == CONTEXT
-    assert completed("--model", model, "--default-max-tokens", 9).default_max_tokens == 9
-    assert completed("--model", model, "--default-max-tokens", 0).default_max_tokens == 0
+def test_answers_are_as_long_as_the_trained_context(model: Path) -> None:
+    args = completed("--model", model, "--max-model-len", 1000)
+    assert (args.default_max_tokens, args.trained_context) == (None, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["-tp", 0], r"tensor_parallel_size=0: input should be greater than or equal to 1"),
+        (["--block-size", 0], r"block_size=0: input should be greater than 0"),
+        (["--max-model-len", -5], r"max_model_len=-5: input should be .*"),
+        (["--additional-config", "5"], r"additional_config='5': accepted is a JSON object"),
+        (["--additional-config", "[1]"], r"additional_config='\[1\]': accepted is a JSON object"),
+        (["--attention-backend", "FOO"], r"Unknown attention backend: 'FOO'.*"),
+        (["--tokenizer", "/nowhere"], r".*nowhere.*"),
+    ],
+    ids=str,
+)
+def test_what_vllm_refuses_is_one_line(model: Path, flags: list[object], sentence: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        completed("--model", model, *flags)
+    assert re.fullmatch(sentence, str(refusal.value))
+
+
+def test_a_threshold_is_held_against_the_length_that_is_derived(model: Path) -> None:
+    args = completed("--model", model, "--long-prefill-token-threshold", CONTEXT + 1)
+    assert args.max_model_len > CONTEXT + 1
+
+
+def test_no_length_past_the_trained_context_where_the_user_forbids_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0")
+    assert completed("--model", model).max_model_len is None
+
+
+def test_the_log_tells_of_what_is_served_alone(
+    model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    completed("--model", model, "--max-num-batched-tokens", 8192)
+    assert "max_model_len" not in capfd.readouterr().out
+    assert "INFO" not in capfd.readouterr().out

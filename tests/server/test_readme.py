@@ -1,4 +1,4 @@
-"""What the README says to run is run here as it stands, or by the test that is named beside it."""
+"""What the README says to run: commands that no other test runs are run, the others are found."""
 
 import re
 import shlex

@@ -98,7 +98,8 @@ def test_a_refused_process_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path, ranks: int) -> None:
     """Transformers' own rotary layers are seen as the model is built, and not before."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = GPTNeoXConfig(
@@ -113,7 +114,7 @@ def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path) -> None:
     config.architectures = ["GPTNeoXForCausalLM"]
     config.save_pretrained(tmp_path)
     flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager"]
-    sentence = refused("--model", tmp_path, "--kv-cache-memory-bytes", 2**26, *flags)
+    sentence = refused("--model", tmp_path, "--kv-cache-memory-bytes", 2**26, "-dp", ranks, *flags)
     assert re.match(r"sink: layer .* has no position encoding .*; accepted are ALiBi ", sentence)
 
 

@@ -25,11 +25,10 @@ from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, Si
 from vllm_sink.geometry import Geometry
 from vllm_sink.plugin.check import CACHE_DTYPES
 from vllm_sink.plugin.config import current_settings, settings_of
-from vllm_sink.plugin.refusal import refuse
 from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.rotary import cos_sin
-from vllm_sink.settings import SinkSettings
+from vllm_sink.settings import SettingsError, SinkSettings
 
 
 @dataclass
@@ -107,12 +106,12 @@ class SinkAttentionImpl(AttentionImpl[Any]):
         # A checkpoint may ask for another one after the engine's config was checked.
         accepted = CACHE_DTYPES[current_platform.device_name]
         if self.kv_cache_dtype not in accepted:
-            refuse(
+            raise SettingsError(
                 f"kv_cache_dtype={self.kv_cache_dtype}: asked for by the checkpoint; "
                 f"accepted with sinks are {', '.join(accepted)}"
             )
         if self.sinks is not None:
-            refuse(
+            raise SettingsError(
                 f"sink.policy={settings.policy!r}: this model's attention has learned sinks; "
                 "accepted are models without them"
             )
@@ -221,7 +220,7 @@ def _rotary_or_refuse(name: str, layer: AttentionLayer) -> UnboundedRotary | Non
     """The rotary embedding whose positions sinks are turned back by; None for ALiBi."""
     rotary = rotary_of(layer)
     if rotary is None and layer.impl.alibi_slopes is None:
-        refuse(
+        raise SettingsError(
             f"sink: layer {name} has no position encoding that works without an upper position; "
             "accepted are ALiBi and rotary embeddings of type default, linear, dynamic, llama3, "
             "yarn and longrope"

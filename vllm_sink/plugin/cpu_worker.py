@@ -1,8 +1,9 @@
 """Seam: `parallel_config.worker_cls`, for requests with a seed and a prompt of several chunks.
 
-vLLM samples after every chunk of a prompt, and takes back what that drew from a request's generator
-by the generator's offset (`_bookkeeping_sync`, vllm/v1/worker/gpu_model_runner.py). Generators of a
-CPU have none, and the whole engine ends. Where vLLM's CPU runner does without, so can this.
+vLLM's V1 runner samples after every chunk of a prompt, and takes back what that drew from a
+request's generator by the generator's offset (`_bookkeeping_sync`,
+vllm/v1/worker/gpu_model_runner.py). Generators of a CPU have none, and the whole engine ends. Where
+vLLM takes its V2 runner, which draws by position, this is not needed.
 """
 
 from typing import Any

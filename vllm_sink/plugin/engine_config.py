@@ -9,7 +9,6 @@ from functools import wraps
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.platforms import current_platform
 
 from vllm_sink.plugin import capacity
 from vllm_sink.plugin.check import check
@@ -43,5 +42,6 @@ def complete(vllm_config: VllmConfig) -> None:
     check(vllm_config, settings)
     entry = vllm_config.additional_config[NAME]
     vllm_config.additional_config = vllm_config.additional_config | {NAME: Vouched(entry)}
-    if current_platform.is_cpu() and vllm_config.parallel_config.worker_cls == STOCK_CPU_WORKER:
-        vllm_config.parallel_config.worker_cls = CPU_WORKER
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls == STOCK_CPU_WORKER and not vllm_config.use_v2_model_runner:
+        parallel.worker_cls = CPU_WORKER

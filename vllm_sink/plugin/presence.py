@@ -12,8 +12,8 @@ from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_general_plugins
 
 from vllm_sink import plugin
 from vllm_sink.plugin import capacity
-from vllm_sink.plugin.refusal import refuse
-from vllm_sink.settings import SinkSettings
+from vllm_sink.plugin.refusal import one_line, refuse
+from vllm_sink.settings import SettingsError, SinkSettings
 
 NAME = "sink"
 """Of the entry point, and of the entry in `additional_config`."""
@@ -28,7 +28,10 @@ class Vouched(dict[str, Any]):
 
 def require() -> None:
     """Raise `SettingsError`, one sentence, unless this process runs the plugin."""
-    load_general_plugins()
+    try:
+        load_general_plugins()
+    except Exception as error:
+        refuse(f"{DEFAULT_PLUGINS_GROUP}: a plugin does not load: {one_line(error)}")
     if plugin.loaded:
         return
     allowed = envs.VLLM_PLUGINS
@@ -39,14 +42,14 @@ def require() -> None:
         )
     refuse(
         f"{DEFAULT_PLUGINS_GROUP}={NAME!r}: this entry point is not installed or does not load, "
-        f"and without it nothing is evicted; `pip install vllm-sink` installs it"
+        f"and without it nothing is evicted; installing the package vllm_sink registers it"
     )
 
 
 def require_vouched(entry: Any) -> None:
     """Raise `SettingsError` if a process without the plugin made this engine's config."""
     if not isinstance(entry, Vouched):
-        refuse(
+        raise SettingsError(
             f"additional_config.{NAME}={entry!r}: reached a worker from a process without the "
             "plugin; accepted where all processes of an engine have it"
         )

@@ -1,9 +1,10 @@
-"""A refusal that reaches the user from any process.
+"""Why a process of an engine could not start, in one sentence, for the user of its server.
 
 vLLM tells a server only that one of its processes failed, not why. The server names a file in its
-environment, and reads there what a process that it started had to say.
+environment, and reads there what the first of them that failed had to say.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +15,24 @@ from typing import NoReturn
 from vllm_sink.settings import SettingsError
 
 VARIABLE = "SINK_REFUSAL_FILE"
+LOGS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+"""Where vLLM logs the exception that ends an engine core or a worker as it starts."""
+
+
+def register() -> None:
+    for name in LOGS:
+        logging.getLogger(name).addFilter(_tell_exception)
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Raise `SettingsError`, and leave its sentence to the server that started this process."""
-    if path := os.environ.get(VARIABLE):
-        Path(path).write_text(sentence, encoding="utf-8")
+    """Raise `SettingsError` where vLLM does not log it yet: as a process unpickles its config."""
+    _tell(sentence)
     raise SettingsError(sentence)
 
 
 @contextmanager
 def passed_on() -> Iterator[None]:
-    """Raise the `SettingsError` of a process started in the context, in place of what it caused."""
+    """Raise what a process started in the context told, in place of the error that this caused."""
     with NamedTemporaryFile(prefix="vllm-sink-") as file:
         os.environ[VARIABLE] = file.name
         try:
@@ -36,3 +43,20 @@ def passed_on() -> Iterator[None]:
             raise
         finally:
             del os.environ[VARIABLE]
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _tell_exception(record: logging.LogRecord) -> bool:
+    """A log's filter that lets everything pass."""
+    if record.exc_info and record.exc_info[1]:
+        _tell(one_line(record.exc_info[1]))
+    return True
+
+
+def _tell(sentence: str) -> None:
+    path = Path(os.environ.get(VARIABLE, os.devnull))
+    if path.is_file() and not path.stat().st_size:
+        path.write_text(sentence, encoding="utf-8")

@@ -29,8 +29,8 @@ from vllm.model_executor.layers.rotary_embedding import (
 from vllm.platforms import current_platform
 
 from vllm_sink.plugin.config import current_settings
-from vllm_sink.plugin.refusal import refuse
 from vllm_sink.rotary import cos_sin
+from vllm_sink.settings import SettingsError
 
 
 class UnboundedRotary(nn.Module):
@@ -121,7 +121,7 @@ class UnboundedLinearScaling(UnboundedRotaryEmbedding, LinearScalingRotaryEmbedd
 
     def replace_table(self) -> None:
         if len(self.scaling_factors) != 1:
-            refuse(
+            raise SettingsError(
                 f"rope_parameters.factor={self.scaling_factors!r}: "
                 "linear scaling with sinks takes a single factor"
             )

@@ -3,7 +3,7 @@
 vLLM lets it run to the end of the model's context, and here there is none.
 """
 
-from collections.abc import Iterable
+from argparse import Namespace
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -13,9 +13,8 @@ class DefaultMaxTokens:
     """ASGI middleware that, as the server starts, sets a default in vLLM's request handlers.
 
     Each handler keeps the defaults of what a request leaves open in `default_sampling_params`
-    (`get_max_tokens`, vllm/entrypoints/serve/utils/api_utils.py). Those of the model's own
-    generation config stay, and `--override-generation-config` is a limit for all requests, so
-    neither is the place.
+    (`get_max_tokens`, vllm/entrypoints/serve/utils/api_utils.py), at first those of the model's own
+    generation config. `--override-generation-config` would be a limit for all requests.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -24,15 +23,20 @@ class DefaultMaxTokens:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             state = scope["app"].state
-            if state.args.default_max_tokens:
-                set_default((state[name] for name in state), state.args.default_max_tokens)
+            for name in state:
+                if hasattr(state[name], "default_sampling_params"):
+                    set_default(state[name].default_sampling_params, state.args)
         await self.app(scope, receive, send)
 
 
-def set_default(handlers: Iterable[Any], max_tokens: int) -> None:
-    for handler in handlers:
-        if hasattr(handler, "default_sampling_params"):
-            handler.default_sampling_params.setdefault("max_tokens", max_tokens)
+def set_default(parameters: dict[str, Any], args: Namespace) -> None:
+    """The user's default, 0 being no end, or else the model's, or else the trained context."""
+    if args.default_max_tokens is None:
+        parameters.setdefault("max_tokens", args.trained_context)
+    elif args.default_max_tokens:
+        parameters["max_tokens"] = args.default_max_tokens
+    else:
+        parameters.pop("max_tokens", None)
 
 
 NAME = f"{DefaultMaxTokens.__module__}.{DefaultMaxTokens.__name__}"

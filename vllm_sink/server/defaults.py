@@ -4,12 +4,15 @@ Sizes are shares of what this machine has free, for all ranks on it together. Wh
 the user's other flags comes first, so vLLM is asked, once, for the engine that it would build.
 """
 
+import logging
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import psutil
 from pydantic import ValidationError
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, envs
 from vllm.config import CacheConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -17,7 +20,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sink import cpu, embedded
 from vllm_sink.plugin.check import full_attention_backend, trained_context
-from vllm_sink.settings import SettingsError, SinkSettings
+from vllm_sink.plugin.refusal import one_line
+from vllm_sink.settings import SettingsError, SinkSettings, sentence_of
 
 CACHE_TOKENS = 2048
 """S + W by default, where the model's trained context is no smaller."""
@@ -48,6 +52,7 @@ def fill_in(args: Namespace) -> None:
         args.dtype = "float32"
     stock = stock_config(args)
     context, ranks = trained_context(stock.model_config), ranks_here(stock)
+    args.trained_context = context
     settings = settings_from(args, context)
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
     chosen = args.attention_backend or full_attention_backend(args.attention_config)
@@ -55,29 +60,60 @@ def fill_in(args: Namespace) -> None:
         args.attention_backend = AttentionBackendEnum.CUSTOM.name
     # Without chunks a prompt has to fit in one step: there vLLM's own length stays.
     chunked = stock.scheduler_config.enable_chunked_prefill
-    if args.max_model_len is None and settings.evicts and chunked:
+    free_length = args.max_model_len is None and envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN
+    if free_length and settings.evicts and chunked:
         capacity = stream_capacity(stock.scheduler_config.max_num_seqs, ranks, args.block_size)
         args.max_model_len = max(capacity, context)
     asked = args.kv_cache_memory_bytes is not None or (
-        args.gpu_memory_utilization != CacheConfig.gpu_memory_utilization
+        # By identity, since the user may ask for what is the default.
+        args.gpu_memory_utilization is not CacheConfig.gpu_memory_utilization
     )
     if current_platform.is_cpu() and not asked:
         free = psutil.virtual_memory().available
         args.kv_cache_memory_bytes = free // (CPU_KV_SHARE * ranks)
-    if args.default_max_tokens is None:
-        args.default_max_tokens = context
 
 
 def stock_config(args: Namespace) -> VllmConfig:
     """The engine that vLLM would build of the user's flags, without sinks."""
+    if not isinstance(args.additional_config, dict):
+        raise SettingsError(
+            f"additional_config={args.additional_config!r}: accepted is a JSON object"
+        )
     plain = deepcopy(args)
     plain.additional_config.pop("sink", None)
-    engine_args = AsyncEngineArgs.from_cli_args(plain)
+    if plain.max_model_len is None and envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN and may_cut(plain):
+        # As long as it may come to be: nothing is to be held against a shorter length.
+        plain.max_model_len = STREAM_CAPACITY
     try:
-        return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, args.headless)
+        with without_information():
+            engine_args = AsyncEngineArgs.from_cli_args(plain)
+            return engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER, args.headless)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise SettingsError(first["msg"].removeprefix("Value error, ")) from error
+        raise SettingsError(sentence_of(error)) from error
+    except (OSError, ValueError) as error:
+        raise SettingsError(one_line(error)) from error
+
+
+def may_cut(args: Namespace) -> bool:
+    """Whether prompts may be computed in chunks, as far as flags alone tell."""
+    return args.enable_chunked_prefill is not False and args.runner != "pooling"
+
+
+@contextmanager
+def without_information() -> Iterator[None]:
+    """Leave vLLM's lines of information out of the log: they are not of what is served."""
+    handlers = logging.getLogger("vllm").handlers
+    for handler in handlers:
+        handler.addFilter(is_warning)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_warning)
+
+
+def is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 def ranks_here(vllm_config: VllmConfig) -> int:
