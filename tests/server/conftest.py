@@ -1,5 +1,6 @@
 """A tiny checkpoint to serve, real servers of it, and the environment of a fresh process."""
 
+import logging
 import os
 import re
 import signal
@@ -45,12 +46,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a fresh process, and put back: what other tests set, and what the command line sets."""
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @dataclass
