@@ -32,12 +32,12 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from vllm_sink.plugin import register
 from vllm_sink.plugin.rotary import (
     UnboundedGPTNeoX,
     UnboundedLongRoPE,
     UnboundedRotary,
     UnboundedRotaryEmbedding,
-    register,
     rotary_of,
 )
 from vllm_sink.settings import SettingsError
@@ -139,6 +139,15 @@ def batch(dtype: torch.dtype, count: int = 40) -> tuple[torch.Tensor, torch.Tens
     return positions, query, key
 
 
+def turn(
+    rotary: nn.Module, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's turn in a step of tokens at `positions`."""
+    if isinstance(rotary, UnboundedRotary):
+        rotary.begin_step(positions)
+    return rotary(positions, query, key)
+
+
 def table_of(rotary: nn.Module) -> torch.Tensor:
     """Stock's rows, from position 0 on."""
     if "long_short_cos_sin_cache" in rotary._buffers:
@@ -177,12 +186,29 @@ def test_forward_equals_stock_within_its_table(
     tolerance = 3e-4 if dtype == torch.float32 else 0.04
     for is_neox_style in styles(rope):
         with engine(None, custom_ops=custom_ops):
-            expected = rope_of(rope, dtype, is_neox_style)(*batch(dtype))
+            expected = turn(rope_of(rope, dtype, is_neox_style), *batch(dtype))
         with engine({}, custom_ops=custom_ops):
-            turned = rope_of(rope, dtype, is_neox_style)(*batch(dtype))
+            turned = turn(rope_of(rope, dtype, is_neox_style), *batch(dtype))
         for got, want in zip(turned, expected, strict=True):
             assert got.dtype == dtype
             torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+
+
+@KERNELS
+@EVERY_ROPE
+def test_where_nothing_is_evicted_each_layer_makes_its_rows(
+    engine: Any, rope: str, custom_ops: str
+) -> None:
+    """No step is begun there, so none can be stale."""
+    with engine({}, custom_ops=custom_ops):
+        expected = turn(rope_of(rope), *batch(torch.float32))
+    stock._ROPE_DICT.clear()
+    with engine({"policy": "full"}, max_model_len=ORIGINAL, custom_ops=custom_ops):
+        rotary = rope_of(rope)
+        found = rotary(*batch(torch.float32))
+    assert rotary.step_rows is None
+    if "longrope" not in rope:  # whose factors depend on the length
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
 @EVERY_DTYPE
@@ -195,7 +221,8 @@ def test_kernel_and_native_forms_agree_far_out(engine: Any, rope: str, dtype: to
             stock._ROPE_DICT.clear()
             with engine({}, custom_ops=custom_ops):
                 positions, query, key = batch(dtype)
-                turned += [rope_of(rope, dtype, is_neox_style)(positions + 10**9, query, key)]
+                rotary = rope_of(rope, dtype, is_neox_style)
+                turned += [turn(rotary, positions + 10**9, query, key)]
         for kernel, native in zip(*turned, strict=True):
             torch.testing.assert_close(kernel, native, atol=tolerance, rtol=0)
 
@@ -308,7 +335,7 @@ def test_compiled_equals_eager(engine: Any, rope: str, custom_ops: str) -> None:
         rotary = rope_of(rope)
     compiled = torch.compile(rotary, dynamic=True, fullgraph=True)
     positions = batch(torch.float32)[0] + 4 * 10**6
-    expected = rotary(positions, *batch(torch.float32)[1:])
+    expected = turn(rotary, positions, *batch(torch.float32)[1:])
     found = compiled(positions, *batch(torch.float32)[1:])
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 

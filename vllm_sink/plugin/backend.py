@@ -52,12 +52,16 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = get_layers_from_vllm_config(vllm_config, AttentionLayer, layer_names)
-        rotaries = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayer)
+        every = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
+        self.step_rotaries = {
+            rotary for rotary in every.values() if rotary and rotary.step_rows is not None
+        }
         settings = settings_of(vllm_config)
         assert settings is not None
         has_turns = isinstance(kv_cache_spec, SinkSpec) and settings.sinks > 0 and settings.reindex
-        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and has_turns}
+        rotaries = {name: every[name] for name in layer_names if has_turns}
+        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.rows = {
             rotary: torch.empty(tokens, rotary.rotary_dim, dtype=torch.float32, device=device)
@@ -80,19 +84,19 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
             common_attn_metadata.max_query_len,
         )
         geometry, tokens = self.kv_cache_spec.geometry, common_attn_metadata.num_actual_tokens
-        if self.rows and common_attn_metadata.max_seq_len > geometry.window:
-            self._fill_rows(batch, geometry, tokens)
+        positions = _positions(batch, tokens)
+        for rotary in self.step_rotaries:
+            rotary.begin_step(positions)
+        if common_attn_metadata.max_seq_len > geometry.window:
+            evicted = (positions + 1 - geometry.window - geometry.sinks).clamp(min=0)
+            for rotary, rows in self.rows.items():
+                rows[:tokens] = cos_sin(-evicted, rotary.inv_freq)
         turns = {
             rotary: SinkTurn(rows[:tokens], rotary.is_neox_style)
             for rotary, rows in self.rows.items()
         }
         by_layer = {name: turns[rotary] for name, rotary in self.rotaries.items()}
         return SinkMetadata(batch, geometry, by_layer)
-
-    def _fill_rows(self, batch: Batch, geometry: Geometry, tokens: int) -> None:
-        evicted = (_positions(batch, tokens) + 1 - geometry.window - geometry.sinks).clamp(min=0)
-        for rotary, rows in self.rows.items():
-            rows[:tokens] = cos_sin(-evicted, rotary.inv_freq)
 
 
 class SinkAttentionImpl(AttentionImpl[Any]):

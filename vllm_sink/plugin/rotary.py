@@ -42,30 +42,48 @@ class UnboundedRotary(nn.Module):
     """Factor on cosines and sines (YaRN, longrope); 1 elsewhere."""
     rotary_dim: int
     is_neox_style: bool
+    step_rows: torch.Tensor | None
+    """[max_num_batched_tokens, rotary_dim]: rows of one step's tokens, where each layer would make
+    them anew. One buffer, whose address CUDA graphs hold."""
 
     def keep(self, inv_freq: torch.Tensor, magnitude: float) -> None:
         self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("step_rows", None, persistent=False)
         self.magnitude = magnitude
 
     def rows(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`dtype` [n, rotary_dim], cos | sin; positions: int64, n elements in any shape."""
         return cos_sin(positions.flatten(), self.inv_freq, self.magnitude, dtype)
 
+    def begin_step(self, positions: torch.Tensor) -> None:
+        """Make the rows that all layers of a step read; positions: int64 [n]."""
+        assert self.step_rows is not None
+        self.step_rows[: len(positions)] = self.rows(positions, self.step_rows.dtype)
+
 
 class Replacement(UnboundedRotary):
     """Takes the place of its last base class, and turns into it where no sink is configured."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if current_settings() is None:
+        settings = current_settings()
+        if settings is None:
             self.__class__ = type(self).__bases__[-1]
             self.__init__(*args, **kwargs)  # type: ignore[misc]
-        else:
-            super().__init__(*args, **kwargs)
-            self.replace_table()
+            return
+        super().__init__(*args, **kwargs)
+        dtype = self.replace_table()
+        # Where nothing is evicted, no builder of ours need be there to begin a step.
+        if settings.evicts:
+            tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+            self.step_rows = torch.zeros(tokens, self.rotary_dim, dtype=dtype)
+            self.register_buffer("step_places", torch.arange(tokens), persistent=False)
 
     @abstractmethod
-    def replace_table(self) -> None:
-        """Delete the table, so that what reads it by position fails aloud; keep frequencies."""
+    def replace_table(self) -> torch.dtype:
+        """Delete the table, so that what reads it by position fails aloud; keep frequencies.
+
+        Returns the table's dtype.
+        """
 
     def _compute_cos_sin_cache(self, *args: Any) -> torch.Tensor:
         """The stock table without its memory: only its way to the frequencies is wanted."""
@@ -81,10 +99,11 @@ class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
         self.inv_freq_argument = base
         return super()._compute_inv_freq(base)
 
-    def replace_table(self) -> None:
+    def replace_table(self) -> torch.dtype:
         del self.cos_sin_cache
         inv_freq = super()._compute_inv_freq(self.inv_freq_argument)
         self.keep(inv_freq, getattr(self, "mscale", 1.0))
+        return self.dtype
 
     def get_cos_sin(self, seqlen: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = torch.arange(seqlen, device=self.inv_freq.device)
@@ -119,14 +138,15 @@ class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
 class UnboundedLinearScaling(UnboundedRotaryEmbedding, LinearScalingRotaryEmbedding):
     """Scales frequencies where stock scales positions: the same angles."""
 
-    def replace_table(self) -> None:
+    def replace_table(self) -> torch.dtype:
         if len(self.scaling_factors) != 1:
             raise SettingsError(
                 f"rope_parameters.factor={self.scaling_factors!r}: "
                 "linear scaling with sinks takes a single factor"
             )
-        super().replace_table()
+        dtype = super().replace_table()
         self.inv_freq /= self.scaling_factors[0]
+        return dtype
 
 
 class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
@@ -134,13 +154,15 @@ class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
 
     is_neox_style = True
 
-    def replace_table(self) -> None:
+    def replace_table(self) -> torch.dtype:
+        dtype: torch.dtype = self.long_short_cos_sin_cache.dtype
         del self.long_short_cos_sin_cache
         self.use_long_rope = _visible_positions() > self.original_max_position_embeddings
         if self.use_long_rope:
             self.keep(self._compute_inv_freq(self.long_factor), self.long_mscale)
         else:
             self.keep(self._compute_inv_freq(self.short_factor), self.short_mscale)
+        return dtype
 
     def forward(
         self,
@@ -270,5 +292,8 @@ def _rows_and_places(
     rotary: UnboundedRotary, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of a table and positions in it: a table of one row for each token."""
-    rows = rotary.rows(positions, dtype)
-    return rows, torch.arange(len(rows), device=rows.device)
+    if rotary.step_rows is None:
+        rows = rotary.rows(positions, dtype)
+        return rows, torch.arange(len(rows), device=rows.device)
+    tokens = positions.numel()
+    return rotary.step_rows[:tokens].to(dtype), rotary.step_places[:tokens]
