@@ -269,6 +269,65 @@ def test_a_hit_needs_every_sink() -> None:
     assert manager.get_computed_blocks(again)[1] == BLOCK_SIZE
 
 
+def left_by(manager: KVCacheManager, text: list[int], chunk: int = 8) -> None:
+    """A stream of this text comes, is computed and ends."""
+    stream = request(text)
+    advance(manager, stream, chunk)
+    manager.free(stream)
+
+
+def hit_of(manager: KVCacheManager, text: list[int]) -> int:
+    return int(manager.get_computed_blocks(request(text))[1])
+
+
+POOL = 40
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_long_streams_leave_what_idle_ones_left(chunk: int) -> None:
+    """They write ten pools' worth of tokens; the idle one goes on where it was."""
+    manager = kv_cache_manager(Geometry(6, 12), POOL)
+    idle = [0, 1] * 50
+    left_by(manager, idle)
+    left_by(manager, [1] * 10 * POOL * BLOCK_SIZE, chunk)
+    assert hit_of(manager, [*idle, 0, 1]) == len(idle)
+
+
+def test_an_answer_leaves_what_its_prompt_left() -> None:
+    """A retry of the prompt, after an answer of ten pools' worth."""
+    manager = kv_cache_manager(Geometry(6, 12), POOL)
+    prompt = [0, 1] * 50
+    stream = request(prompt)
+    advance(manager, stream, chunk=8)
+    for _ in range(10 * POOL * BLOCK_SIZE):
+        stream.append_output_token_ids(1)
+        advance(manager, stream, chunk=1)
+    manager.free(stream)
+    assert hit_of(manager, [*prompt, 0]) == len(prompt)
+
+
+def test_prompts_meet_at_the_end_of_a_beginning_they_share() -> None:
+    """Of at most W tokens, however long they are."""
+    manager = kv_cache_manager(Geometry(6, 12), POOL)
+    beginning = [0, 1, 1] * 4
+    left_by(manager, beginning + [0] * 200)
+    assert hit_of(manager, beginning + [1] * 200) == len(beginning)
+
+
+def test_what_others_share_is_not_forgotten() -> None:
+    manager = kv_cache_manager(Geometry(0, 8), POOL)
+    text = [0, 1] * 30
+    first, second = request(text), request([*text, 0])
+    advance(manager, first, chunk=4)
+    hit, tokens, _ = manager.get_computed_blocks(second)
+    manager.allocate_slots(second, 1, tokens, hit)
+    second.num_computed_tokens = len(second.all_token_ids)
+    for _ in range(40):
+        first.append_output_token_ids(1)
+        advance(manager, first, chunk=1)
+    assert hit_of(manager, [*text, 1]) == tokens == len(text)
+
+
 def test_spec_bounds_memory_by_the_cache_and_not_by_the_capacity() -> None:
     bound = spec(Geometry(5, 13)).max_admission_blocks_per_request(
         max_in_flight_tokens=16, max_model_len=4_194_304

@@ -55,7 +55,27 @@ class SinkManager(SlidingWindowManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         dead = self.geometry.dead_blocks(processed_computed_tokens, self.block_size)
+        if self.enable_caching:
+            self._forget(request_id, dead, num_prompt_tokens or 0)
         self._remove_blocks_in_range(request_id, dead.start, dead.stop)
+
+    def _forget(self, request_id: str, dead: range, prompt_tokens: int) -> None:
+        """Take what no later prompt will find out of the prefix cache.
+
+        Blocks without a hash are reused first (`BlockPool.free_blocks`), so that a long stream does
+        not push out what idle ones left behind.
+        """
+        blocks = self.req_to_blocks.get(request_id, [])
+        forgotten = set()
+        for index in reversed(range(dead.start, min(dead.stop, len(blocks)))):
+            block = blocks[index]
+            if block.is_null:
+                break
+            if block.ref_cnt == 1 and not self.geometry.is_worth_a_hit(
+                index, prompt_tokens, self.block_size
+            ):
+                forgotten.add(block.block_id)
+        self.block_pool.evict_blocks(forgotten)
 
     @classmethod
     def find_longest_cache_hit(
