@@ -314,6 +314,16 @@ def test_prompts_meet_at_the_end_of_a_beginning_they_share() -> None:
     assert hit_of(manager, beginning + [1] * 200) == len(beginning)
 
 
+@pytest.mark.parametrize(("written", "hit"), [(0, 80), (2000, 12)])
+def test_prompts_meet_in_the_middle_while_there_is_room(written: int, hit: int) -> None:
+    """Of the pool's 40 blocks, the youngest 10 out of the middle stay."""
+    manager = kv_cache_manager(Geometry(0, 12), POOL)
+    text = [0, 1] * 50
+    left_by(manager, text)
+    left_by(manager, [1] * written)
+    assert hit_of(manager, text[:80] + [0] * 20) == hit
+
+
 def test_what_others_share_is_not_forgotten() -> None:
     manager = kv_cache_manager(Geometry(0, 8), POOL)
     text = [0, 1] * 30
