@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,9 +271,19 @@ def test_no_length_past_the_trained_context_where_the_user_forbids_it(
     assert completed("--model", model).max_model_len is None
 
 
-def test_the_log_tells_of_what_is_served_alone(
-    model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    completed("--model", model, "--max-num-batched-tokens", 8192)
-    assert "max_model_len" not in capfd.readouterr().out
-    assert "INFO" not in capfd.readouterr().out
+def test_the_log_tells_of_what_is_served_alone(model: Path) -> None:
+    """In a process of its own, where vLLM logs as it does for users."""
+    code = f"""
+from vllm import AsyncEngineArgs
+from vllm_sink.serve import make_parser
+from vllm_sink.server.defaults import fill_in
+args = make_parser().parse_args(["--model={model}", "--max-num-batched-tokens=8192"])
+fill_in(args)
+print("filled in", flush=True)
+AsyncEngineArgs.from_cli_args(args).create_engine_config()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    before, _, after = (done.stdout + done.stderr).partition("filled in")
+    assert "Using max model len" in after, done.stderr
+    assert "INFO" not in before
+    assert "max_model_len" not in before

@@ -101,19 +101,15 @@ def may_cut(args: Namespace) -> bool:
 
 @contextmanager
 def without_information() -> Iterator[None]:
-    """Leave vLLM's lines of information out of the log: they are not of what is served."""
-    handlers = logging.getLogger("vllm").handlers
-    for handler in handlers:
-        handler.addFilter(is_warning)
+    """Leave lines of information out of the log: they are not of what is served.
+
+    Handlers are no place for it, since vLLM makes them anew on the way.
+    """
+    logging.disable(logging.INFO)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(is_warning)
-
-
-def is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING
+        logging.disable(logging.NOTSET)
 
 
 def ranks_here(vllm_config: VllmConfig) -> int:
