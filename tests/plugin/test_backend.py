@@ -197,6 +197,22 @@ def test_sinks_are_turned_back_by_what_was_evicted(
     assert torch.equal(turn.rows, cos_sin(-evicted, rotary.inv_freq))
 
 
+def test_a_step_begins_in_the_rotary(backend: type[SinkBackend], config: VllmConfig) -> None:
+    """In one buffer, whose rows of tokens that are not there nobody reads."""
+    builder = builder_of(backend, config)
+    (rotary,) = builder.step_rotaries
+    assert rotary.step_rows is not None
+    place = rotary.step_rows.data_ptr()
+    for lengths, positions in (
+        ([(3, 70), (1, 100)], [67, 68, 69, 99]),
+        ([(1, 10**6), (2, 2)], [10**6 - 1, 0, 1]),
+    ):
+        builder.build(0, step(lengths))
+        expected = rotary.rows(torch.tensor(positions), rotary.step_rows.dtype)
+        assert torch.equal(rotary.step_rows[: len(positions)], expected)
+    assert rotary.step_rows.data_ptr() == place
+
+
 def test_rows_stay_where_a_cuda_graph_found_them(
     backend: type[SinkBackend], config: VllmConfig
 ) -> None:

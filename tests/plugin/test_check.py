@@ -255,15 +255,22 @@ def test_a_rotary_type_with_a_last_position_is_refused(configure: Configure) -> 
 
 
 @pytest.mark.parametrize(
-    "setting", ["decode_context_parallel_size", "prefill_context_parallel_size"]
+    ("setting", "value", "accepted"),
+    [
+        ("decode_context_parallel_size", 2, "is 1"),
+        ("prefill_context_parallel_size", 2, "is 1"),
+        ("enable_dbo", True, "is False"),
+        ("ubatch_size", 2, "are 0, 1"),
+    ],
 )
-def test_context_parallelism_is_refused(configure: Configure, setting: str) -> None:
-    """On one CPU vLLM refuses it first, so it is set behind vLLM's back."""
+def test_split_steps_are_refused(
+    configure: Configure, setting: str, value: int, accepted: str
+) -> None:
+    """On one CPU vLLM refuses or ignores them first, so they are set behind vLLM's back."""
     config = configure(LLAMA, FITS)
-    setattr(config.parallel_config, setting, 2)
-    with pytest.raises(
-        SettingsError, match=f"^{setting}=2: not supported with sinks; accepted is 1$"
-    ):
+    setattr(config.parallel_config, setting, value)
+    sentence = f"^{setting}={value}: not supported with sinks; accepted {accepted}$"
+    with pytest.raises(SettingsError, match=sentence):
         check(config, settings_of(config))
 
 

@@ -195,7 +195,8 @@ HELD = {
     "kv_cache_dtype_skip_layers kv_cache_memory_bytes kv_offloading_size kv_sharing_fast_prefill "
     "prefix_cache_retention_interval",
     "vllm.config:ParallelConfig": "data_parallel_size_local decode_context_parallel_size "
-    "local_world_size pipeline_parallel_size prefill_context_parallel_size worker_cls",
+    "enable_dbo local_world_size pipeline_parallel_size prefill_context_parallel_size ubatch_size "
+    "worker_cls",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
     "vllm.config:SchedulerConfig": "enable_chunked_prefill max_num_batched_tokens max_num_seqs",
     "vllm.config:SpeculativeConfig": "method",

@@ -146,6 +146,9 @@ def _check_engine(vllm_config: VllmConfig) -> None:
     _accept("kv_transfer_config.kv_connector", transfer and transfer.kv_connector, None)
     _accept("decode_context_parallel_size", parallel.decode_context_parallel_size, 1)
     _accept("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1)
+    # Half-batches at once would share the rotary rows of a step (plugin/rotary.py).
+    _accept("enable_dbo", parallel.enable_dbo, False)
+    _accept("ubatch_size", parallel.ubatch_size, 0, 1)
 
 
 def _check_cache(cache: CacheConfig) -> None:
