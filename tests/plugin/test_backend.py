@@ -45,6 +45,9 @@ LAYER = "layers.0.attn"
 TRITON = pytest.param("triton", marks=needs_triton)
 
 
+register()
+
+
 @pytest.fixture(params=["cpu", TRITON])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[SinkBackend]:
     monkeypatch.setattr(SinkBackend, "settings", None)
@@ -105,7 +108,6 @@ def test_layers_with_a_window_of_their_own_keep_it(backend: type[SinkBackend]) -
 
 @pytest.fixture
 def config(tmp_path: Path) -> VllmConfig:
-    register()
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     return EngineArgs(
         str(tmp_path),
@@ -267,7 +269,6 @@ def test_a_gpu_reads_fp8_by_the_scales_of_the_layer(
 
 @pytest.mark.parametrize("backend", [TRITON], indirect=True)
 def test_a_gpu_finds_ours_by_the_name_of_the_flag(backend: type[SinkBackend]) -> None:
-    register()
     assert AttentionBackendEnum.CUSTOM.get_class() is backend
     assert backend.get_name() == AttentionBackendEnum.CUSTOM.name
 
