@@ -31,9 +31,10 @@ class Interpreter:
         return f"torch {torch} finds none" if torch else "there is no torch"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Of this Python, and of those packages that it has."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

