@@ -51,26 +51,6 @@ def test_dead_blocks_are_seen_by_no_later_query(
     assert set(geometry.dead_blocks(computed, block_size)) == dead
 
 
-@given(GEOMETRIES, POSITIONS, BLOCK_SIZES, st.sampled_from([0, 1]))
-def test_a_prompt_that_is_repeated_or_continued_finds_its_window(
-    geometry: Geometry, tokens: int, block_size: int, more: int
-) -> None:
-    """A hit is a run of whole blocks that leaves a token to compute."""
-    hit = (tokens + more - 1) // block_size
-    needed = {j // block_size for j in geometry.visible(hit * block_size)} & {*range(hit)}
-    sinks = geometry.sink_blocks(block_size)
-    for block in needed - {*range(sinks)}:
-        assert geometry.is_worth_a_hit(block, tokens, block_size)
-
-
-@given(GEOMETRIES, POSITIONS, BLOCK_SIZES)
-def test_no_stream_leaves_more_than_two_windows(
-    geometry: Geometry, tokens: int, block_size: int
-) -> None:
-    kept = [geometry.is_worth_a_hit(block, tokens, block_size) for block in range(tokens)]
-    assert sum(kept) <= 2 * cdiv(geometry.window, block_size) + 2
-
-
 @given(GEOMETRIES, BLOCK_SIZES)
 def test_max_blocks_is_reached_and_never_passed(geometry: Geometry, block_size: int) -> None:
     held = [

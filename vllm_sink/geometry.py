@@ -45,16 +45,6 @@ class Geometry:
         """Blocks that no query from `computed_tokens` on can see."""
         return range(self.sink_blocks(block_size), self.window_start(computed_tokens) // block_size)
 
-    def is_worth_a_hit(self, block: int, prompt_tokens: int, block_size: int) -> bool:
-        """Whether a later prompt may find block `block` of a stream with this prompt.
-
-        It may repeat the prompt or go on from its end, and needs the window before that; or share
-        no more than the beginning, such as a system prompt of up to W tokens, and needs all of it.
-        """
-        repeated = (prompt_tokens - 1) // block_size * block_size
-        before_end = range(self.window_start(repeated) // block_size, prompt_tokens // block_size)
-        return block in before_end or block < cdiv(self.window, block_size)
-
     def max_blocks(self, block_size: int, in_flight_tokens: int = 1) -> int:
         """The most blocks a stream holds while `in_flight_tokens` are computed at once.
 

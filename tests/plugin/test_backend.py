@@ -18,7 +18,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from tests.attention.cases import needs_triton
 from vllm_sink.attention.interface import Batch, SinkTurn
@@ -153,7 +153,10 @@ def test_a_layer_knows_a_window_of_its_own(backend: type[SinkBackend], config: V
 
 
 def builder_of(
-    backend: type[SinkBackend], config: VllmConfig, device: str = "cpu"
+    backend: type[SinkBackend],
+    config: VllmConfig,
+    device: str = "cpu",
+    spec: AttentionSpec = FULL,
 ) -> SinkMetadataBuilder:
     """For one layer of a Llama."""
     with set_current_vllm_config(config):
@@ -161,9 +164,9 @@ def builder_of(
         owner.rotary_emb = get_rope(32, 64, True, {"rope_type": "default", "rope_theta": 1e4})
         owner.attn = Attention(2, 32, 0.2, 2, cache_config=config.cache_config, prefix=LAYER)
         backend.get_impl_cls()
-        spec = backend.customize_spec(FULL)
         owner.to(device)
-        return backend.get_builder_cls()(spec, [LAYER], config, torch.device(device))
+        customized = backend.customize_spec(spec)
+        return backend.get_builder_cls()(customized, [LAYER], config, torch.device(device))
 
 
 def step(lengths: list[tuple[int, int]], device: str = "cpu") -> CommonAttentionMetadata:
@@ -199,9 +202,19 @@ def test_sinks_are_turned_back_by_what_was_evicted(
     assert torch.equal(turn.rows, cos_sin(-evicted, rotary.inv_freq))
 
 
-def test_a_step_begins_in_the_rotary(backend: type[SinkBackend], config: VllmConfig) -> None:
-    """In one buffer, whose rows of tokens that are not there nobody reads."""
-    builder = builder_of(backend, config)
+@pytest.mark.parametrize("spec", [FULL, SLIDING], ids=["sinks", "a window of its own"])
+def test_a_step_begins_in_the_rotary(
+    backend: type[SinkBackend],
+    config: VllmConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    spec: AttentionSpec,
+) -> None:
+    """In one buffer, whose rows of tokens that are not there nobody reads.
+
+    A rank of a pipeline may have nothing but layers with windows of their own.
+    """
+    monkeypatch.setattr(stock(backend).get_builder_cls(), "build", lambda *_: None)
+    builder = builder_of(backend, config, spec=spec)
     (rotary,) = builder.step_rotaries
     assert rotary.step_rows is not None
     place = rotary.step_rows.data_ptr()

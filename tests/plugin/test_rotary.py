@@ -34,6 +34,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_sink.plugin import register
 from vllm_sink.plugin.rotary import (
+    Replacement,
     UnboundedGPTNeoX,
     UnboundedLongRoPE,
     UnboundedRotary,
@@ -100,7 +101,10 @@ def engine(model_path: Path) -> Any:
 
     @contextmanager
     def building(
-        sink: dict[str, Any] | None, max_model_len: int = MAX_POSITION, custom_ops: str = "all"
+        sink: dict[str, Any] | None,
+        max_model_len: int = MAX_POSITION,
+        custom_ops: str = "all",
+        max_num_batched_tokens: int = 2048,
     ) -> Iterator[None]:
         config = VllmConfig(
             model_config=ModelConfig(
@@ -109,6 +113,7 @@ def engine(model_path: Path) -> Any:
             compilation_config=CompilationConfig(custom_ops=[custom_ops]),
             additional_config={} if sink is None else {"sink": sink},
         )
+        config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
         with set_current_vllm_config(config):
             yield
 
@@ -143,7 +148,8 @@ def turn(
     rotary: nn.Module, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's turn in a step of tokens at `positions`."""
-    if isinstance(rotary, UnboundedRotary):
+    if isinstance(rotary, Replacement):
+        rotary.keep_step_rows(len(positions), rotary.table_dtype)
         rotary.begin_step(positions)
     return rotary(positions, query, key)
 
@@ -196,19 +202,14 @@ def test_forward_equals_stock_within_its_table(
 
 @KERNELS
 @EVERY_ROPE
-def test_where_nothing_is_evicted_each_layer_makes_its_rows(
+def test_where_nobody_begins_steps_each_layer_makes_its_rows(
     engine: Any, rope: str, custom_ops: str
 ) -> None:
-    """No step is begun there, so none can be stale."""
     with engine({}, custom_ops=custom_ops):
-        expected = turn(rope_of(rope), *batch(torch.float32))
-    stock._ROPE_DICT.clear()
-    with engine({"policy": "full"}, max_model_len=ORIGINAL, custom_ops=custom_ops):
         rotary = rope_of(rope)
         found = rotary(*batch(torch.float32))
     assert rotary.step_rows is None
-    if "longrope" not in rope:  # whose factors depend on the length
-        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found, turn(rotary, *batch(torch.float32)), atol=2e-6, rtol=0)
 
 
 @EVERY_DTYPE
@@ -280,7 +281,12 @@ def test_engines_of_one_process_do_not_share_rotaries(engine: Any) -> None:
         first, again = rope_of("default"), rope_of("default")
     with engine(None):
         unconfigured = rope_of("default")
+    with engine({"policy": "full"}, max_model_len=2048):
+        evicting_nothing = rope_of("default")
+    with engine({}, max_num_batched_tokens=64):
+        in_smaller_steps = rope_of("default")
     assert first is again
+    assert len({*map(id, (first, evicting_nothing, in_smaller_steps))}) == 3
     assert isinstance(first, UnboundedRotary)
     assert not isinstance(unconfigured, UnboundedRotary)
 

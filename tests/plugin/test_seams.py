@@ -42,7 +42,6 @@ INTERFACE = "vllm.v1.kv_cache_interface"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 MANAGER = f"{MANAGERS}:SlidingWindowManager"
 POOL = "vllm.v1.core.block_pool:BlockPool"
-QUEUE = "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue"
 CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttention"
 KV_CACHE = "vllm.v1.core.kv_cache_utils"
@@ -82,9 +81,6 @@ PARAMETERS = {
     f"{MANAGER}.reachable_block_mask": "start_block end_block alignment_tokens kv_cache_spec "
     "use_eagle retention_interval reachable_boundaries dcp_world_size final_segment_end_block",
     f"{POOL}.touch": "self blocks",
-    f"{POOL}.evict_blocks": "self block_ids",
-    f"{QUEUE}.remove": "self block",
-    f"{QUEUE}.prepend_n": "self blocks",
     f"{POOL}.get_cached_block": "self block_hash kv_cache_group_ids",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes": "block_hashes hash_block_size block_size "
     "supports_fine_grained_hash_lookup alignment_tokens",
@@ -169,7 +165,7 @@ HELD = {
     f"{INTERFACE}:SlidingWindowSpec": "block_size sliding_window extra_retained_tokens",
     f"{INTERFACE}:FullAttentionSpec": "sliding_window attention_chunk_size non_causal",
     f"{MANAGER}": "block_size block_pool req_to_blocks max_admission_blocks_per_request",
-    f"{POOL}": "num_gpu_blocks hash_block_size free_block_queue",
+    f"{POOL}": "num_gpu_blocks hash_block_size",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "query_start_loc seq_lens "
     "block_table_tensor max_query_len max_seq_len num_actual_tokens",
     f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window kv_cache_dtype sinks",

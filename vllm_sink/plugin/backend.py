@@ -25,7 +25,7 @@ from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, Si
 from vllm_sink.geometry import Geometry
 from vllm_sink.plugin.check import CACHE_DTYPES
 from vllm_sink.plugin.config import current_settings, settings_of
-from vllm_sink.plugin.rotary import UnboundedRotary, rotary_of
+from vllm_sink.plugin.rotary import Replacement, UnboundedRotary, rotary_of
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.rotary import cos_sin
 from vllm_sink.settings import SettingsError, SinkSettings
@@ -52,17 +52,18 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = get_layers_from_vllm_config(vllm_config, AttentionLayer)
-        every = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
-        self.step_rotaries = {
-            rotary for rotary in every.values() if rotary and rotary.step_rows is not None
-        }
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayer, layer_names)
+        rotaries = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
         settings = settings_of(vllm_config)
         assert settings is not None
         has_turns = isinstance(kv_cache_spec, SinkSpec) and settings.sinks > 0 and settings.reindex
-        rotaries = {name: every[name] for name in layer_names if has_turns}
-        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary}
+        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and has_turns}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.step_rotaries = {
+            rotary for rotary in rotaries.values() if isinstance(rotary, Replacement)
+        }
+        for rotary in self.step_rotaries:
+            rotary.keep_step_rows(tokens, rotary.table_dtype)
         self.rows = {
             rotary: torch.empty(tokens, rotary.rotary_dim, dtype=torch.float32, device=device)
             for rotary in set(self.rotaries.values())
@@ -75,18 +76,19 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
         fast_build: bool = False,
     ) -> Any:
         """`SinkMetadata`, or the parent's for layers with a sliding window of their own."""
-        if not isinstance(self.kv_cache_spec, SinkSpec):
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
         batch = Batch(
             common_attn_metadata.query_start_loc,
             common_attn_metadata.seq_lens,
             common_attn_metadata.block_table_tensor,
             common_attn_metadata.max_query_len,
         )
-        geometry, tokens = self.kv_cache_spec.geometry, common_attn_metadata.num_actual_tokens
+        tokens = common_attn_metadata.num_actual_tokens
         positions = _positions(batch, tokens)
         for rotary in self.step_rotaries:
             rotary.begin_step(positions)
+        if not isinstance(self.kv_cache_spec, SinkSpec):
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        geometry = self.kv_cache_spec.geometry
         if common_attn_metadata.max_seq_len > geometry.window:
             evicted = (positions + 1 - geometry.window - geometry.sinks).clamp(min=0)
             for rotary, rows in self.rows.items():

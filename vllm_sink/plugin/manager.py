@@ -1,6 +1,5 @@
 """Blocks of a stream: sinks pinned, middle blocks back to vLLM's own pool as the window passes."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,6 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_sink.plugin.spec import SinkSpec
 
 Blocks = list[KVCacheBlock]
-
-MIDDLE_SHARE = 4
-"""One part in so many of the pool may be cached blocks out of the middle of streams."""
 
 # Below "vllm", whose handlers and level vLLM sets up.
 logger = init_logger(f"vllm.{__name__}")
@@ -34,8 +30,6 @@ class SinkManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.geometry = kv_cache_spec.geometry
         self.sink_blocks = self.geometry.sink_blocks(self.block_size)
-        self.middle: deque[tuple[KVCacheBlock, Any]] = deque()
-        """Cached blocks out of the middle of streams, oldest first, with their hashes then."""
         self._log_summary()
 
     def _log_summary(self) -> None:
@@ -61,38 +55,7 @@ class SinkManager(SlidingWindowManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         dead = self.geometry.dead_blocks(processed_computed_tokens, self.block_size)
-        middle = self._middle(request_id, dead, num_prompt_tokens or 0)
         self._remove_blocks_in_range(request_id, dead.start, dead.stop)
-        self._limit_middle(middle)
-
-    def _middle(self, request_id: str, dead: range, prompt_tokens: int) -> Blocks:
-        """Blocks to remove that are cached, but neither a prompt's beginning nor its end."""
-        blocks = self.req_to_blocks.get(request_id, [])
-        middle = []
-        for index in reversed(range(dead.start, min(dead.stop, len(blocks)))):
-            block = blocks[index]
-            if block.is_null:
-                break
-            if block.block_hash is not None and not self.geometry.is_worth_a_hit(
-                index, prompt_tokens, self.block_size
-            ):
-                middle.append(block)
-        return middle
-
-    def _limit_middle(self, middle: Blocks) -> None:
-        """Forget the oldest middle blocks over their share of the pool, to be reused first.
-
-        Long streams leave one after another, and would push out of the prefix cache what idle ones
-        go on from. Only prompts that share more than W tokens, and not all, ever find them.
-        """
-        pool = self.block_pool
-        self.middle.extend((block, block.block_hash) for block in middle)
-        while len(self.middle) > pool.num_gpu_blocks // MIDDLE_SHARE:
-            block, block_hash = self.middle.popleft()
-            if block.ref_cnt == 0 and block.block_hash == block_hash:
-                pool.evict_blocks({block.block_id})
-                pool.free_block_queue.remove(block)
-                pool.free_block_queue.prepend_n([block])
 
     @classmethod
     def find_longest_cache_hit(

@@ -44,16 +44,24 @@ class UnboundedRotary(nn.Module):
     is_neox_style: bool
     step_rows: torch.Tensor | None
     """[max_num_batched_tokens, rotary_dim]: rows of one step's tokens, where each layer would make
-    them anew. One buffer, whose address CUDA graphs hold."""
+    them anew. One buffer, whose address CUDA graphs hold; none before `keep_step_rows`."""
 
     def keep(self, inv_freq: torch.Tensor, magnitude: float) -> None:
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("step_rows", None, persistent=False)
+        self.register_buffer("step_places", None, persistent=False)
         self.magnitude = magnitude
 
     def rows(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`dtype` [n, rotary_dim], cos | sin; positions: int64, n elements in any shape."""
         return cos_sin(positions.flatten(), self.inv_freq, self.magnitude, dtype)
+
+    def keep_step_rows(self, max_tokens: int, dtype: torch.dtype) -> None:
+        """For who begins each step from now on; once done, again is to no effect."""
+        if self.step_rows is None:
+            device = self.inv_freq.device
+            self.step_rows = torch.zeros(max_tokens, self.rotary_dim, dtype=dtype, device=device)
+            self.step_places = torch.arange(max_tokens, device=device)
 
     def begin_step(self, positions: torch.Tensor) -> None:
         """Make the rows that all layers of a step read; positions: int64 [n]."""
@@ -65,18 +73,12 @@ class Replacement(UnboundedRotary):
     """Takes the place of its last base class, and turns into it where no sink is configured."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = current_settings()
-        if settings is None:
+        if current_settings() is None:
             self.__class__ = type(self).__bases__[-1]
             self.__init__(*args, **kwargs)  # type: ignore[misc]
             return
         super().__init__(*args, **kwargs)
-        dtype = self.replace_table()
-        # Where nothing is evicted, no builder of ours need be there to begin a step.
-        if settings.evicts:
-            tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
-            self.step_rows = torch.zeros(tokens, self.rotary_dim, dtype=dtype)
-            self.register_buffer("step_places", torch.arange(tokens), persistent=False)
+        self.table_dtype = self.replace_table()
 
     @abstractmethod
     def replace_table(self) -> torch.dtype:
@@ -239,13 +241,13 @@ class RopeDict(dict[tuple[Any, ...], nn.Module]):
     """`get_rope`'s cache, kept apart by engine: one process may build several, set differently."""
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__((key, _visible_positions()))
+        return super().__contains__((key, _engine()))
 
     def __getitem__(self, key: tuple[Any, ...]) -> nn.Module:
-        return super().__getitem__((key, _visible_positions()))
+        return super().__getitem__((key, _engine()))
 
     def __setitem__(self, key: tuple[Any, ...], rotary: nn.Module) -> None:
-        super().__setitem__((key, _visible_positions()), rotary)
+        super().__setitem__((key, _engine()), rotary)
 
 
 def _note_owner(module: nn.Module, name: str, submodule: Any) -> nn.Module | None:
@@ -263,6 +265,15 @@ def _note_owner(module: nn.Module, name: str, submodule: Any) -> nn.Module | Non
         _owners[module] = submodule
         return submodule
     return None
+
+
+def _engine() -> tuple[Any, ...] | None:
+    """What rotaries of engines with sinks differ by; None where no sink is configured."""
+    settings = current_settings()
+    if settings is None:
+        return None
+    tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+    return settings, _visible_positions(), tokens
 
 
 def _visible_positions() -> int | None:
