@@ -57,7 +57,10 @@ class UnboundedRotary(nn.Module):
         return cos_sin(positions.flatten(), self.inv_freq, self.magnitude, dtype)
 
     def keep_step_rows(self, max_tokens: int, dtype: torch.dtype) -> None:
-        """For who begins each step from now on; once done, again is to no effect."""
+        """For who begins each step from now on; once done, again is to no effect.
+
+        A graph that was compiled before, as vLLM's are, goes on making rows in its layers.
+        """
         if self.step_rows is None:
             device = self.inv_freq.device
             self.step_rows = torch.zeros(max_tokens, self.rotary_dim, dtype=dtype, device=device)
