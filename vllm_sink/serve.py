@@ -29,13 +29,13 @@ except ModuleNotFoundError:  # vLLM 0.32
 PROGRAM = "python -m vllm_sink.serve"
 
 
-def within_the_trained_context(record: logging.LogRecord) -> bool:
+def is_no_false_alarm(record: logging.LogRecord) -> bool:
     """Drop vLLM's warning that positions past the trained context give NaN: here they do not."""
     return "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in record.getMessage()
 
 
 # Not in `main`: the processes of several API servers, which build configs too, import this module.
-logging.getLogger("vllm.config.model").addFilter(within_the_trained_context)
+logging.getLogger("vllm.config.model").addFilter(is_no_false_alarm)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -82,26 +82,20 @@ def test_a_plugin_left_out(monkeypatch: pytest.MonkeyPatch, allowed: str) -> Non
         presence.require()
 
 
-def test_a_plugin_that_is_not_installed() -> None:
-    """The package is found, since it lies in the folder; its entry point is not."""
-    code = (
-        "import importlib.metadata as m; m.entry_points = lambda **_: [];"
-        "from vllm_sink.plugin.presence import require; require()"
-    )
-    done = elsewhere(code)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "vllm_sink.settings.SettingsError: vllm.general_plugins='sink': this entry point is not "
-    )
+NOT_INSTALLED = "import importlib.metadata as m; m.entry_points = lambda **_: []"
+BROKEN = "import sys; sys.modules['vllm_sink.plugin.backend'] = None"
 
 
-def test_a_plugin_that_does_not_load() -> None:
-    code = (
-        "import sys; sys.modules['vllm_sink.plugin.backend'] = None;"
-        "from vllm_sink.plugin.presence import require; require()"
-    )
-    done = elsewhere(code)
+@pytest.mark.parametrize(
+    ("cause", "sentence"),
+    [
+        (NOT_INSTALLED, "vllm.general_plugins='sink': this entry point is not installed or "),
+        (BROKEN, "vllm.general_plugins: a plugin does not load: "),
+    ],
+    ids=["not installed", "broken"],
+)
+def test_a_plugin_that_is_not_there(cause: str, sentence: str) -> None:
+    """The package is found all the same, since it lies in the folder."""
+    done = elsewhere(f"{cause}; from vllm_sink.plugin.presence import require; require()")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "vllm_sink.settings.SettingsError: vllm.general_plugins: a plugin does not load: "
-    )
+    assert done.stderr.splitlines()[-1].startswith(f"vllm_sink.settings.SettingsError: {sentence}")
