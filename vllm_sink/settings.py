@@ -2,9 +2,21 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from vllm_sink.buffer import Buffer
 
 Policy = Literal["sink", "window", "full"]
+
+MARK = 32
+"""The default of `compact_tokens`, in multiples of S + W (`python -m benchmarks.compaction`)."""
 
 
 class SettingsError(Exception):
@@ -31,6 +43,22 @@ class SinkSettings(BaseModel):
     """W: the most recent tokens, the query's own included."""
     reindex: bool = True
     """Score sinks at their distance in the cache; false keeps their distance in the stream."""
+    compact_tokens: int | None = None
+    """The mark: tokens at which a stream's buffer is compacted to S + W; by default 32 (S + W), or
+    `max_model_len` if that is less."""
+
+    @field_validator("compact_tokens")
+    @classmethod
+    def _leaves_room(cls, mark: int | None, info: ValidationInfo) -> int | None:
+        if mark is None or not {"policy", "sink_tokens", "window_tokens"} <= info.data.keys():
+            return mark
+        others = cls.model_construct(**info.data)
+        if not others.compacts:
+            raise ValueError("accepted where tokens are evicted and positions re-indexed alone")
+        if mark <= others.sinks + others.window_tokens:
+            least = others.sinks + others.window_tokens + 1
+            raise ValueError(f"accepted from {least} on, S + W and one more token")
+        return mark
 
     @property
     def sinks(self) -> int:
@@ -40,6 +68,19 @@ class SinkSettings(BaseModel):
     @property
     def evicts(self) -> bool:
         return self.policy != "full"
+
+    @property
+    def compacts(self) -> bool:
+        """Reading tokens anew gives them new positions: not where those of the stream are kept."""
+        return self.evicts and self.reindex
+
+    def buffer(self, max_model_len: int) -> Buffer | None:
+        """None where streams are not compacted: they end at `max_model_len`."""
+        cached = self.sinks + self.window_tokens
+        mark = self.compact_tokens or min(MARK * cached, max_model_len)
+        if not self.compacts or mark <= cached:
+            return None
+        return Buffer(self.sinks, self.window_tokens, mark)
 
     @classmethod
     def parse(cls, raw: Any) -> "SinkSettings":
