@@ -163,6 +163,23 @@ class Streams(RuleBasedStateMachine):
         self.texts.append(list(stream.all_token_ids))
         self.manager.free(stream)
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def compact(self, data: st.DataObject) -> None:
+        stream = data.draw(st.sampled_from(self.running))
+        if stream.num_tokens <= self.geometry.sinks + self.geometry.window:
+            return
+        self.sinks_of_all().leave_behind(stream.request_id, stream.num_prompt_tokens)
+        self.running.remove(stream)
+        self.manager.free(stream)
+        text = list(stream.all_token_ids)
+        self.waiting.append(request(text[: self.geometry.sinks] + text[-self.geometry.window :]))
+
+    def sinks_of_all(self) -> SinkManager:
+        (manager,) = self.manager.coordinator.single_type_managers
+        assert isinstance(manager, SinkManager)
+        return manager
+
     def preempt(self, stream: Request) -> None:
         self.running.remove(stream)
         self.waiting.append(stream)
@@ -199,6 +216,7 @@ class Streams(RuleBasedStateMachine):
         for block in pool.blocks:
             assert block.is_null or block.ref_cnt == holders[block.block_id]
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1 - len(holders)
+        assert len(pool.free_block_queue.get_all_free_blocks()) == pool.get_num_free_blocks()
 
     def teardown(self) -> None:
         for stream in getattr(self, "running", []):
@@ -267,6 +285,83 @@ def test_a_hit_needs_every_sink() -> None:
     assert list(hit.blocks[0][:2]) == sinks
     manager.block_pool.evict_blocks({sinks[1].block_id})
     assert manager.get_computed_blocks(again)[1] == BLOCK_SIZE
+
+
+POOL = 60
+TEN_POOLS = 10 * POOL * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("ended", range(4 * BLOCK_SIZE, 5 * BLOCK_SIZE))
+@pytest.mark.parametrize(("sinks", "window"), [(4, 13), (5, 12), (3, 15), (0, 14)])
+@pytest.mark.parametrize("prompt", [8, TEN_POOLS], ids=["written", "read"])
+def test_an_idle_conversation_s_next_turn_is_a_hit(
+    sinks: int, window: int, ended: int, prompt: int
+) -> None:
+    """After ten pools' worth of another stream's tokens; and its prompt again is one, too."""
+    manager = kv_cache_manager(Geometry(sinks, window), POOL)
+    turn = request([0] * 30 + [1] * 20 * BLOCK_SIZE)
+    talk(manager, turn, ended)
+    other = request([2] * prompt)
+    talk(manager, other, TEN_POOLS - prompt)
+    again, regenerated = request([*turn.all_token_ids, 3, 3, 3]), request([*turn.prompt_token_ids])
+    assert manager.get_computed_blocks(again)[1] == cached_end(turn.num_tokens)
+    assert manager.get_computed_blocks(regenerated)[1] == cached_end(turn.num_prompt_tokens - 1)
+
+
+def talk(manager: KVCacheManager, stream: Request, answer: int) -> None:
+    """A prompt in chunks and an answer token by token; it ends, all of it computed."""
+    advance(manager, stream, MAX_CHUNK)
+    for _ in range(answer):
+        stream.append_output_token_ids(stream.num_tokens % 7)
+        advance(manager, stream, 1)
+    manager.free(stream)
+
+
+def cached_end(tokens: int) -> int:
+    return tokens // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_compacted_streams_push_nothing_out() -> None:
+    """What a buffer was read anew for is no prompt's end, and neither is what it replaced."""
+    manager = kv_cache_manager(Geometry(4, 13), POOL)
+    (sinks,) = manager.coordinator.single_type_managers
+    turn = request([0] * 30)
+    talk(manager, turn, 9)
+    prompt = request([1] * 60)
+    advance(manager, prompt, MAX_CHUNK)
+    held = list(prompt.all_token_ids)
+    buffer = prompt
+    for i in range(TEN_POOLS // 60):
+        sinks.leave_behind(buffer.request_id, buffer.num_prompt_tokens)
+        manager.free(buffer)
+        held = held[:4] + held[-13:]
+        buffer = request(list(held))
+        sinks.without_prompt.add(buffer.request_id)
+        hit, hit_tokens, _ = manager.get_computed_blocks(buffer)
+        assert manager.allocate_slots(buffer, 17 - hit_tokens, hit_tokens, hit) is not None
+        buffer.num_computed_tokens = 17
+        for token in range(40):
+            buffer.append_output_token_ids(i + token)
+            advance(manager, buffer, 1)
+        held = list(buffer.all_token_ids)
+    assert manager.get_computed_blocks(request([1] * 60))[1] == 56
+    again = request([*turn.all_token_ids, 3])
+    assert manager.get_computed_blocks(again)[1] == cached_end(turn.num_tokens)
+
+
+def test_what_two_prompts_share_stays_as_long_as_there_is_room() -> None:
+    """More than a window of it, out of the middle of a longer prompt."""
+    shared = list(range(50))
+    manager = kv_cache_manager(Geometry(4, 13), POOL)
+    talk(manager, request(shared + [0] * 100), 1)
+    hit, hit_tokens, _ = manager.get_computed_blocks(request([*shared, 1]))
+    assert hit_tokens == cached_end(len(shared))
+    second = request([*shared, 1])
+    assert manager.allocate_slots(second, 3, hit_tokens, hit) is not None
+    manager.free(second)
+    talk(manager, request([2] * 200), TEN_POOLS)
+    # It was a hit, and so it is the end of a prompt by now.
+    assert manager.get_computed_blocks(request([*shared, 1]))[1] == cached_end(len(shared))
 
 
 def test_spec_bounds_memory_by_the_cache_and_not_by_the_capacity() -> None:

@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sink.geometry import cdiv
+from vllm_sink.plugin.reuse import Leaving, ReuseOrder
 from vllm_sink.plugin.spec import SinkSpec
 
 Blocks = list[KVCacheBlock]
-
-# Below "vllm", whose handlers and level vLLM sets up.
-logger = init_logger(f"vllm.{__name__}")
 
 
 class SinkManager(SlidingWindowManager):
@@ -30,23 +28,10 @@ class SinkManager(SlidingWindowManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.geometry = kv_cache_spec.geometry
         self.sink_blocks = self.geometry.sink_blocks(self.block_size)
-        self._log_summary()
-
-    def _log_summary(self) -> None:
-        held = self.geometry.max_blocks(self.block_size)
-        pool = self.block_pool.num_gpu_blocks - 1  # one is vLLM's null block
-        logger.info(
-            "Sinks S=%d, window W=%d tokens, blocks of %d: a stream holds at most %d blocks "
-            "(%s while a full batch of its prompt is computed); KV pool of %d blocks: "
-            "%d full streams fit, for this group of layers.",
-            self.geometry.sinks,
-            self.geometry.window,
-            self.block_size,
-            held,
-            self.max_admission_blocks_per_request,
-            pool,
-            pool // held,
-        )
+        self.reuse = ReuseOrder(self.block_pool)
+        self.without_prompt: set[str] = set()
+        """Streams read anew from their buffers: no other prompt ends where these do."""
+        self.blocks_evicted = 0
 
     def remove_skipped_blocks(
         self,
@@ -55,7 +40,53 @@ class SinkManager(SlidingWindowManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         dead = self.geometry.dead_blocks(processed_computed_tokens, self.block_size)
+        leaving = self._leaving(request_id, dead, num_prompt_tokens)
+        if not leaving:
+            return
         self._remove_blocks_in_range(request_id, dead.start, dead.stop)
+        self.blocks_evicted += len(leaving)
+        self.reuse.leave(request_id, leaving)
+
+    def leave_behind(self, request_id: str, num_prompt_tokens: int) -> None:
+        """Free what a stream holds, to be read anew from a compacted buffer."""
+        blocks = self.req_to_blocks[request_id]
+        leaving = self._leaving(request_id, range(self.sink_blocks, len(blocks)), num_prompt_tokens)
+        leaving += self.reuse.held_back(request_id)
+        # Behind the sinks of a buffer's first block there is a window that no prompt has there.
+        unlike_others = request_id in self.without_prompt
+        leaving += [Leaving.of(block, not unlike_others) for block in blocks[: self.sink_blocks]]
+        self.free(request_id)
+        self.reuse.give_way(leaving)
+        self.without_prompt.add(request_id)
+
+    def pop_blocks_for_free(self, request_id: str) -> Blocks:
+        self.reuse.end(request_id)
+        self.without_prompt.discard(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any) -> Blocks:
+        held = len(self.req_to_blocks[request_id])
+        self.reuse.make_room(cdiv(num_tokens, self.block_size) - held)
+        return super().allocate_new_blocks(request_id, num_tokens, *args)
+
+    def _leaving(self, request_id: str, places: range, prompt_tokens: int | None) -> list[Leaving]:
+        """Those blocks of a stream that are not freed yet, oldest first."""
+        blocks = self.req_to_blocks.get(request_id, [])
+        needed = self._needed_by_prompt(request_id, prompt_tokens)
+        leaving = []
+        for place in reversed(range(places.start, min(places.stop, len(blocks)))):
+            if blocks[place].is_null:
+                break
+            leaving.append(Leaving.of(blocks[place], place in needed))
+        return leaving[::-1]
+
+    def _needed_by_prompt(self, request_id: str, prompt_tokens: int | None) -> range:
+        """Places of the blocks that the same prompt again would be a hit by."""
+        if prompt_tokens is None or request_id in self.without_prompt:
+            return range(0)
+        end = (prompt_tokens - 1) // self.block_size
+        start = self.geometry.window_start(end * self.block_size) // self.block_size
+        return range(start, end)
 
     @classmethod
     def find_longest_cache_hit(
@@ -119,6 +150,7 @@ class SinkManager(SlidingWindowManager):
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
+        self.reuse.used_again(new_computed_blocks)
         sinks = self._sinks_behind_window(new_computed_blocks, num_local_computed_tokens)
         self.block_pool.touch(sinks)
         self.req_to_blocks[request_id][: len(sinks)] = sinks
