@@ -98,3 +98,28 @@ def engine() -> Engine:
             cleanup_dist_env_and_memory()
 
     return start
+
+
+def preempt_every(llm: Any, steps: int) -> Callable[[], int]:
+    """Blocks run out for a running stream every so often, whatever there is of them.
+
+    Of themselves, streams that were admitted do not preempt each other. Returns what counts them.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    allocate, preempt = scheduler.kv_cache_manager.allocate_slots, scheduler._preempt_request
+    calls = {"allocations": 0, "preemptions": 0}
+
+    def allocate_slots(request: Any, *args: Any, **kwargs: Any) -> Any:
+        calls["allocations"] += 1
+        running = request in scheduler.running
+        if running and len(scheduler.running) > 1 and calls["allocations"] % steps == 0:
+            return None
+        return allocate(request, *args, **kwargs)
+
+    def preempt_request(*args: Any, **kwargs: Any) -> None:
+        calls["preemptions"] += 1
+        preempt(*args, **kwargs)
+
+    scheduler.kv_cache_manager.allocate_slots = allocate_slots
+    scheduler._preempt_request = preempt_request
+    return lambda: calls["preemptions"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import VOCABULARY, Checkpoint, Engine
+from .conftest import VOCABULARY, Checkpoint, Engine, preempt_every
 from .streaming_llm import StreamingLlama
 
 pytestmark = pytest.mark.slow
@@ -172,18 +172,12 @@ def test_hit_needs_its_sinks(checkpoint: Checkpoint, engine: Engine) -> None:
 def test_preempted_streams_match_the_paper(
     checkpoint: Checkpoint, engine: Engine, caching: bool
 ) -> None:
-    """A pool for two streams, four of them: vLLM must preempt."""
     path = checkpoint()
     sink = {"sink_tokens": 5, "window_tokens": 97}
-    options = {
-        "num_gpu_blocks_override": 14,
-        "max_num_batched_tokens": 32,
-        "enable_prefix_caching": caching,
-        "disable_log_stats": False,
-    }
+    options = {"max_num_batched_tokens": 32, "enable_prefix_caching": caching}
     with engine(path, sink, **options) as llm:
+        preemptions = preempt_every(llm, 50)
         outputs = generate(llm, prompts(20, 25, 30, 35, seed=5), 400, score_prompts=False)
-        preemptions = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
-    assert preemptions > 0
+    assert preemptions() > 10
     for output in outputs:
         assert error(output, StreamingLlama(path, 5, 97)) <= TOLERANCE

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import VOCABULARY, Checkpoint, Engine
+from .conftest import VOCABULARY, Checkpoint, Engine, preempt_every
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +35,8 @@ def test_chunks_draw_nothing(checkpoint: Checkpoint, engine: Engine) -> None:
 
 
 def test_a_preemption_draws_nothing(checkpoint: Checkpoint, engine: Engine) -> None:
-    """A pool for two full streams, four of them: some are read again."""
-    arguments = {"max_num_batched_tokens": CHUNK, "disable_log_stats": False}
-    with engine(checkpoint(), SINK, **arguments) as llm:
+    with engine(checkpoint(), SINK, max_num_batched_tokens=CHUNK) as llm:
         undisturbed = sampled(llm, PROMPTS)
-    with engine(checkpoint(), SINK, num_gpu_blocks_override=10, **arguments) as llm:
+        preemptions = preempt_every(llm, 20)
         assert sampled(llm, PROMPTS) == undisturbed
-        metrics = {metric.name: metric for metric in llm.get_metrics()}
-        assert metrics["vllm:num_preemptions"].value > 0
+        assert preemptions() > 10

@@ -11,9 +11,11 @@ import pytest
 from vllm import EngineArgs
 from vllm.config import VllmConfig
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_sink.plugin.check import ARCHITECTURES, check, trained_context
 from vllm_sink.plugin.config import settings_of
+from vllm_sink.plugin.scheduler import SinkScheduler
 from vllm_sink.settings import SettingsError
 
 CONTEXT = 256
@@ -242,6 +244,53 @@ def test_what_a_cpu_gets_wrong_is_refused(
     assert sentence.startswith(expected)
     assert "vLLM's CPU build gets it wrong, with and without sinks; accepted is " in sentence
     configure(LLAMA, additional_config={}, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("sink", "arguments", "sentence"),
+    [
+        (
+            {"compact_tokens": CONTEXT + 1},
+            {},
+            f"sink.compact_tokens={CONTEXT + 1}: accepted up to max_model_len={CONTEXT}, which is "
+            "the room for a stream's tokens",
+        ),
+        (
+            {},
+            {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+            "scheduler_cls=vllm.v1.core.sched.scheduler.Scheduler: takes the place of the one that "
+            "bounds streams; accepted with sinks is None",
+        ),
+        (
+            {},
+            {"scheduler_cls": Scheduler},
+            "scheduler_cls=Scheduler: takes the place of the one that bounds streams; accepted "
+            "with sinks is None",
+        ),
+        (
+            {"window_tokens": 60},
+            {"enable_prompt_embeds": True},
+            "enable_prompt_embeds=True: not supported with sinks; accepted is False",
+        ),
+    ],
+    ids=str,
+)
+def test_what_streams_could_not_be_compacted_with_is_refused(
+    configure: Configure, sink: dict[str, Any], arguments: dict[str, Any], sentence: str
+) -> None:
+    assert sentence_of(configure, LLAMA, FITS | sink, **arguments) == sentence
+
+
+def test_an_engine_that_evicts_nothing_keeps_vllms_scheduler(configure: Configure) -> None:
+    own = {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler", "enable_prompt_embeds": True}
+    full = configure(LLAMA, {"policy": "full"}, **own)
+    assert full.scheduler_config.scheduler_cls == own["scheduler_cls"]
+    assert configure(LLAMA, additional_config={}).scheduler_config.scheduler_cls is None
+
+
+def test_streams_have_a_scheduler_of_ours(configure: Configure) -> None:
+    scheduler = configure(LLAMA, FITS).scheduler_config.get_scheduler_cls()
+    assert scheduler is SinkScheduler
 
 
 def test_a_compiled_pipeline_is_accepted_on_a_cpu(configure: Configure) -> None:

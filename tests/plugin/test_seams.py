@@ -45,6 +45,12 @@ POOL = "vllm.v1.core.block_pool:BlockPool"
 CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
 TRITON = "vllm.v1.attention.backends.triton_attn:TritonAttention"
 KV_CACHE = "vllm.v1.core.kv_cache_utils"
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+QUEUE = "vllm.v1.core.sched.request_queue:RequestQueue"
+REQUEST = "vllm.v1.request:Request"
+STATE = "vllm.v1.engine.output_processor:RequestState"
+DETOKENIZER = "vllm.v1.engine.detokenizer"
+CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
 WARNING = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 ROTARY = "vllm.model_executor.layers.rotary_embedding"
 # Where it is defined: the name in the package is the one we replace.
@@ -80,10 +86,35 @@ PARAMETERS = {
     f"{MANAGER}.get_num_skipped_tokens": "self num_computed_tokens",
     f"{MANAGER}.reachable_block_mask": "start_block end_block alignment_tokens kv_cache_spec "
     "use_eagle retention_interval reachable_boundaries dcp_world_size final_segment_end_block",
+    f"{MANAGER}.allocate_new_blocks": "self request_id num_tokens num_tokens_main_model",
+    f"{MANAGER}.pop_blocks_for_free": "self request_id",
+    f"{MANAGER}.free": "self request_id",
     f"{POOL}.touch": "self blocks",
+    f"{POOL}.evict_blocks": "self block_ids",
+    f"{POOL}.free_blocks": "self ordered_blocks",
     f"{POOL}.get_cached_block": "self block_hash kv_cache_group_ids",
     "vllm.v1.core.kv_cache_utils:resolve_block_hashes": "block_hashes hash_block_size block_size "
     "supports_fine_grained_hash_lookup alignment_tokens",
+    # plugin/compaction.py, plugin/admission.py, plugin/statistics.py, plugin/metrics.py
+    f"{SCHEDULER}.schedule": "self throttle_prefills",
+    f"{SCHEDULER}._update_request_with_output": "self request new_token_ids is_stale",
+    f"{SCHEDULER}.get_request_counts": "self",
+    f"{SCHEDULER}.make_stats": "self spec_decoding_stats kv_connector_stats cudagraph_stats "
+    "perf_stats ec_connector_stats",
+    f"{QUEUE}.peek_request": "self",
+    f"{QUEUE}.prepend_request": "self request",
+    f"{QUEUE}.remove_request": "self request",
+    f"{REQUEST}.update_block_hashes": "self",
+    "vllm.v1.metrics.loggers:AggregateStatLoggerBase.record": "self scheduler_stats "
+    "iteration_stats mm_cache_stats engine_idx",
+    # plugin/outputs.py, plugin/requests.py
+    f"{STATE}.make_request_output": "self new_token_ids pooling_output finish_reason stop_reason "
+    "kv_transfer_params ec_transfer_params error",
+    f"{DETOKENIZER}:BaseIncrementalDetokenizer.update": "self new_token_ids stop_terminated",
+    f"{DETOKENIZER}:BaseIncrementalDetokenizer.get_next_output_text": "self finished delta",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": "self request_id prompt params "
+    "supported_tasks arrival_time lora_request tokenization_kwargs trace_headers priority "
+    "data_parallel_rank resumable session_id kv_hints",
     # plugin/backend.py, plugin/cpu_backend.py, plugin/gpu_backend.py
     "vllm.v1.attention.backends.registry:register_backend": "backend class_path is_mamba",
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": "selected_backend attn_selector_config "
@@ -115,7 +146,6 @@ PARAMETERS = {
     f"{TRITON}Impl.do_kv_cache_update": "self layer key value kv_cache slot_mapping",
     f"{TRITON}Impl.fused_output_quant_supported": "self quant_key",
     "vllm.platforms.interface:Platform.num_compute_units": "device_id",
-    "vllm.platforms.interface:Platform.get_device_total_memory": "device_id",
     # plugin/rotary.py
     "vllm.model_executor.custom_op:CustomOp.register_oot": "_decorated_op_cls name",
     "vllm.model_executor.custom_op:CustomOp.enabled": "",
@@ -166,6 +196,20 @@ HELD = {
     f"{INTERFACE}:FullAttentionSpec": "sliding_window attention_chunk_size non_causal",
     f"{MANAGER}": "block_size block_pool req_to_blocks max_admission_blocks_per_request",
     f"{POOL}": "num_gpu_blocks hash_block_size",
+    SCHEDULER: "running waiting kv_holding_waiting finished_req_ids current_step kv_cache_manager "
+    "vllm_config max_model_len max_num_active_reqs",
+    REQUEST: "_all_token_ids _output_token_ids block_hashes is_prefill_chunk max_tokens "
+    "next_decode_eligible_step num_computed_tokens num_in_flight_tokens num_output_placeholders "
+    "num_output_tokens num_prompt_tokens num_tokens prompt_token_ids sampling_params "
+    "shared_prefix_boundary status",
+    "vllm.v1.metrics.stats:SchedulerStats": "running_lora_adapters",
+    "vllm:SamplingParams": "_bad_words_token_ids bad_words max_tokens min_tokens prompt_logprobs "
+    "seed thinking_token_budget trace_decode_token_ids",
+    STATE: "detokenizer logprobs_processor output_kind sent_tokens_offset stream_interval",
+    f"{DETOKENIZER}:FastIncrementalDetokenizer": "_last_output_text_offset output_text stop "
+    "token_ids",
+    f"{DETOKENIZER}:SlowIncrementalDetokenizer": "prefix_offset prompt_len read_offset tokens",
+    "vllm.v1.engine.logprobs:LogprobsProcessor": "logprobs",
     "vllm.v1.attention.backend:CommonAttentionMetadata": "query_start_loc seq_lens "
     "block_table_tensor max_query_len max_seq_len num_actual_tokens",
     f"{CPU}BackendImpl": "scale logits_soft_cap alibi_slopes sliding_window kv_cache_dtype sinks",
@@ -182,9 +226,10 @@ HELD = {
     "short_mscale long_mscale",
     GPT_NEOX: "inv_freq attention_scaling rope_type",
     VLLM_CONFIG: "additional_config model_config cache_config parallel_config attention_config "
-    "scheduler_config speculative_config kv_transfer_config lora_config use_v2_model_runner",
+    "scheduler_config speculative_config kv_transfer_config lora_config use_v2_model_runner "
+    "max_concurrent_batches max_in_flight_tokens aux_output_config",
     MODEL_CONFIG: "architecture attn_type enforce_eager hf_text_config is_mm_prefix_lm "
-    "is_submodel_config "
+    "is_submodel_config enable_prompt_embeds served_model_name "
     "max_model_len model model_arch_config use_mla uses_mrope",
     "vllm.config.model_arch:ModelArchitectureConfig": "derived_max_model_len_and_key",
     "vllm.config:CacheConfig": "DEFAULT_BLOCK_SIZE cache_dtype gpu_memory_utilization "
@@ -193,11 +238,14 @@ HELD = {
     "vllm.config:ParallelConfig": "data_parallel_size_local decode_context_parallel_size "
     "enable_dbo local_world_size pipeline_parallel_size prefill_context_parallel_size ubatch_size "
     "worker_cls",
+    "vllm.config.aux_output:AuxOutputConfig": "enable_return_routed_experts",
     "vllm.config:AttentionConfig": "backend backend_per_kind",
-    "vllm.config:SchedulerConfig": "enable_chunked_prefill max_num_batched_tokens max_num_seqs",
+    "vllm.config:SchedulerConfig": "async_scheduling enable_chunked_prefill max_num_batched_tokens "
+    "max_num_seqs scheduler_cls",
     "vllm.config:SpeculativeConfig": "method",
     "vllm.config:KVTransferConfig": "kv_connector",
-    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat": "default_sampling_params",
+    CHAT: "default_sampling_params enable_log_outputs model_config online_renderer",
+    "vllm.renderers.online_renderer:OnlineRenderer": "model_config",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_ids",
     "vllm.platforms.cpu:CpuPlatform": "is_cpu is_cuda device_name",
     ENGINE_ARGS: "additional_config attention_backend attention_config block_size "
@@ -252,6 +300,22 @@ def test_parameters(seam: str) -> None:
 def test_names_that_instances_hold(seam: str) -> None:
     missing = sorted(set(HELD[seam].split()) - held_by(resolve(seam)))
     assert not missing, changed(seam, HELD[seam], f"no {', '.join(missing)}")
+
+
+@pytest.mark.parametrize(
+    ("seam", "names"),
+    [
+        (f"{SCHEDULER}.schedule", "max_num_active_reqs next_decode_eligible_step"),
+        (f"{CHAT}.chat_completion_stream_generator", "previous_texts"),
+        (f"{DETOKENIZER}:BaseIncrementalDetokenizer.update", "token_ids output_text"),
+        ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", "free_block_queue popleft_n"),
+    ],
+    ids=str,
+)
+def test_names_that_a_method_goes_by(seam: str, names: str) -> None:
+    code = resolve(seam).__code__
+    missing = sorted(set(names.split()) - {*code.co_names, *code.co_varnames})
+    assert not missing, changed(seam, names, f"no {', '.join(missing)}")
 
 
 def test_a_changed_seam_is_named() -> None:

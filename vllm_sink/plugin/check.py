@@ -10,6 +10,7 @@ from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
+from vllm_sink.plugin.config import SCHEDULERS
 from vllm_sink.settings import SettingsError, SinkSettings
 
 ARCHITECTURES = (
@@ -68,6 +69,7 @@ def check(vllm_config: VllmConfig, settings: SinkSettings) -> None:
         _check_backend(vllm_config)
         _check_layers(model_config)
         _check_cache_size(settings, model_config)
+        _check_streams(settings, vllm_config)
 
 
 def trained_context(model_config: ModelConfig) -> int:
@@ -202,3 +204,23 @@ def _check_cache_size(settings: SinkSettings, model_config: ModelConfig) -> None
         raise SettingsError(
             f"{setting}={cached}: accepted up to {context}, the context the model was trained on"
         )
+
+
+def _check_streams(settings: SinkSettings, vllm_config: VllmConfig) -> None:
+    model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config.scheduler_cls
+    # Ours is set after this, and an engine's config may be completed again.
+    if scheduler not in (None, *SCHEDULERS.values()):
+        name = scheduler if isinstance(scheduler, str) else scheduler.__qualname__
+        raise SettingsError(
+            f"scheduler_cls={name}: takes the place of the one that bounds streams; accepted with "
+            "sinks is None"
+        )
+    if (settings.compact_tokens or 0) > model_config.max_model_len:
+        raise SettingsError(
+            f"sink.compact_tokens={settings.compact_tokens}: accepted up to "
+            f"max_model_len={model_config.max_model_len}, which is the room for a stream's tokens"
+        )
+    if settings.buffer(model_config.max_model_len):
+        _accept("enable_prompt_embeds", model_config.enable_prompt_embeds, False)
+        routed = vllm_config.aux_output_config.enable_return_routed_experts
+        _accept("enable_return_routed_experts", routed, False)

@@ -2,8 +2,15 @@
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none
 
+from vllm_sink.buffer import Buffer
 from vllm_sink.plugin.presence import NAME, require_vouched
 from vllm_sink.settings import SinkSettings
+
+SCHEDULERS = {
+    False: "vllm_sink.plugin.scheduler.SinkScheduler",
+    True: "vllm_sink.plugin.scheduler.AsyncSinkScheduler",
+}
+"""Of engines that evict, by whether scheduling is asynchronous."""
 
 
 def settings_of(vllm_config: VllmConfig) -> SinkSettings | None:
@@ -12,6 +19,13 @@ def settings_of(vllm_config: VllmConfig) -> SinkSettings | None:
     if not isinstance(additional, dict) or NAME not in additional:
         return None
     return SinkSettings.parse(additional[NAME])
+
+
+def buffer_of(vllm_config: VllmConfig) -> Buffer | None:
+    """How an engine with sinks compacts its streams; None where it does not."""
+    settings = settings_of(vllm_config)
+    assert settings is not None
+    return settings.buffer(vllm_config.model_config.max_model_len)
 
 
 def current_settings() -> SinkSettings | None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_sink.plugin import capacity
+from vllm_sink.plugin import capacity, outputs, requests
 from vllm_sink.plugin.check import check
-from vllm_sink.plugin.config import settings_of
+from vllm_sink.plugin.config import SCHEDULERS, settings_of
 from vllm_sink.plugin.presence import NAME, Vouched
 
 STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -42,6 +42,11 @@ def complete(vllm_config: VllmConfig) -> None:
     check(vllm_config, settings)
     entry = vllm_config.additional_config[NAME]
     vllm_config.additional_config = vllm_config.additional_config | {NAME: Vouched(entry)}
+    if settings.evicts:
+        outputs.register()
+        requests.register()
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[asynchronous]
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == STOCK_CPU_WORKER and not vllm_config.use_v2_model_runner:
         parallel.worker_cls = CPU_WORKER

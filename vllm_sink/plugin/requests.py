@@ -1,0 +1,62 @@
+"""Requests whose streams a compaction could not keep right, refused as vLLM refuses bad ones.
+
+What vLLM counts by an answer's tokens begins anew once these are a prompt's. Lengths and seeds are
+put right (`compaction.continued`); what is not is refused, if the stream can come that far. vLLM
+has no hook for a plugin to see requests, so `InputProcessor.process_inputs` is wrapped.
+"""
+
+from functools import wraps
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_sink.plugin.config import settings_of
+
+NO_END = 2**31 - 1
+"""Tokens of a stream that vLLM's int32 can count (vllm/v1/worker/gpu/states.py)."""
+COUNTED = ("thinking_token_budget", "trace_decode_token_ids")
+"""Parameters that are meant from an answer's first token on."""
+
+
+def register() -> None:
+    """Wrap the method, once a process."""
+    original = InputProcessor.process_inputs
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def processed(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
+        request = original(self, *args, **kwargs)
+        settings, parameters = settings_of(self.vllm_config), request.sampling_params
+        buffer = settings and settings.buffer(self.model_config.max_model_len)
+        if buffer and parameters is not None:
+            prompt = len(request.prompt_token_ids)
+            parameters.max_tokens = min(parameters.max_tokens, NO_END - prompt)
+            if buffer.compactions(prompt, prompt + parameters.max_tokens - 1):
+                check(parameters, buffer.mark)
+        return request
+
+    InputProcessor.process_inputs = processed
+
+
+def check(parameters: SamplingParams, mark: int) -> None:
+    """Raise vLLM's error of a bad request, one sentence, for a stream that reaches the mark."""
+    for name in COUNTED:
+        value = getattr(parameters, name, None)
+        if value:
+            _refuse(name, value, "none", mark)
+    words = [word for word in parameters._bad_words_token_ids or () if len(word) > 1]
+    if words:
+        _refuse("bad_words", parameters.bad_words, "words of one token", mark)
+
+
+def _refuse(name: str, value: Any, accepted: str, mark: int) -> None:
+    raise VLLMValidationError(
+        f"{name}={value}: not kept by a stream that is compacted at {mark} tokens; accepted "
+        f"{'is' if accepted == 'none' else 'are'} {accepted}, or a max_tokens that ends it before",
+        parameter=name,
+        value=value,
+    )
