@@ -1,6 +1,6 @@
 """`python -m vllm_sink.serve`: vLLM's OpenAI-compatible server, with streams that never end.
 
-Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and four of its own.
+Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and five of its own.
 """
 
 import gc
@@ -19,7 +19,7 @@ from vllm_sink.plugin import presence
 from vllm_sink.plugin.refusal import passed_on
 from vllm_sink.server import answers
 from vllm_sink.server.defaults import CACHE_TOKENS, fill_in
-from vllm_sink.settings import Policy, SettingsError
+from vllm_sink.settings import MARK, Policy, SettingsError
 
 try:
     from vllm.entrypoints.common.cli_args import make_arg_parser
@@ -79,6 +79,12 @@ def make_parser() -> FlexibleArgumentParser:
         type=int,
         help="W, most recent tokens kept (default: S + W is the smaller of "
         f"{CACHE_TOKENS} and the model's trained context)",
+    )
+    sinks.add_argument(
+        "--compact-tokens",
+        type=int,
+        help="the mark: tokens held of a stream at which it goes on from its S first and W last, "
+        f"read anew (default: the smaller of {MARK} (S + W) and --max-model-len)",
     )
     sinks.add_argument(
         "--sink-policy",

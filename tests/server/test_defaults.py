@@ -17,7 +17,7 @@ from vllm import AsyncEngineArgs
 from vllm_sink import embedded
 from vllm_sink.serve import make_parser
 from vllm_sink.server import defaults
-from vllm_sink.server.defaults import STREAM_CAPACITY, fill_in
+from vllm_sink.server.defaults import PROMPT_TOKENS, fill_in
 from vllm_sink.settings import SettingsError
 
 from .conftest import CONTEXT
@@ -38,8 +38,9 @@ def test_defaults(model: Path) -> None:
         "sink_tokens": SINKS,
         "window_tokens": CONTEXT - SINKS,
         "reindex": True,
+        "compact_tokens": None,
     }
-    assert args.max_model_len == STREAM_CAPACITY == 4_194_304
+    assert args.max_model_len == PROMPT_TOKENS == 131_072
     assert args.kv_cache_memory_bytes > 0
 
 
@@ -50,10 +51,24 @@ def test_without_a_model_the_embedded_one_is_served() -> None:
     assert args.additional_config["sink"]["window_tokens"] == 2048 - SINKS
 
 
-def test_capacity_is_what_memory_holds(model: Path) -> None:
-    """A hundred thousand streams of it would not fit any machine this runs on."""
-    args = completed("--model", model, "--max-num-seqs", 100_000, "--max-num-batched-tokens", 10**5)
-    assert CONTEXT <= args.max_model_len < STREAM_CAPACITY
+def test_a_length_has_room_for_the_mark(model: Path) -> None:
+    mark = 2 * PROMPT_TOKENS
+    assert completed("--model", model, "--compact-tokens", mark).max_model_len == mark
+
+
+def test_a_length_that_vllm_is_to_find_is_the_trained_one_at_most(model: Path) -> None:
+    args = completed("--model", model, "--max-model-len", -1)
+    assert args.max_model_len == -1
+    assert args.additional_config["sink"]["window_tokens"] == CONTEXT // 2 - SINKS
+
+
+def test_where_nothing_is_evicted_vllms_length_stays(model: Path) -> None:
+    assert completed("--model", model, "--sink-policy", "full").max_model_len is None
+
+
+def test_by_default_a_stream_is_not_compacted_all_the_time(model: Path) -> None:
+    args = completed("--model", model, "--max-model-len", 200)
+    assert args.additional_config["sink"]["window_tokens"] == 100 - SINKS
 
 
 def test_flags_override_additional_config(model: Path) -> None:
@@ -61,7 +76,13 @@ def test_flags_override_additional_config(model: Path) -> None:
     flags = ["--model", model, "--additional-config", json.dumps(given), "--window-tokens", 64]
     args = completed(*flags, "--max-model-len", 2000)
     assert args.additional_config == {
-        "sink": {"policy": "sink", "sink_tokens": 8, "window_tokens": 64, "reindex": False},
+        "sink": {
+            "policy": "sink",
+            "sink_tokens": 8,
+            "window_tokens": 64,
+            "reindex": False,
+            "compact_tokens": None,
+        },
         "other": 1,
     }
     assert args.max_model_len == 2000
@@ -106,36 +127,13 @@ def test_a_gpu_is_served_with_our_backend_unless_told(
     model: Path, asked: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert completed("--model", model, *asked).attention_backend in (None, "FLASH_ATTN")
-    monkeypatch.setattr(defaults, "current_platform", gpu_of(80 * 2**30))
+    monkeypatch.setattr(defaults, "current_platform", GPU)
     args = completed("--model", model, *asked)
     assert args.attention_backend == expected
     assert args.kv_cache_memory_bytes is None
 
 
-def gpu_of(memory_bytes: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        is_cpu=lambda: False,
-        is_cuda=lambda: True,
-        get_device_total_memory=lambda: memory_bytes,
-    )
-
-
-@pytest.mark.parametrize(
-    ("memory_gib", "block_size", "expected"),
-    [(80, [], STREAM_CAPACITY), (8, [], 2**20), (8, ["--block-size", 32], 2**21)],
-)
-def test_capacity_is_what_block_tables_of_a_gpu_hold(
-    model: Path,
-    memory_gib: int,
-    block_size: list[object],
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """8 bytes a block of each of 256 streams, in one part of 64: 8 GiB have room for 65,536."""
-    monkeypatch.setattr(defaults, "current_platform", gpu_of(memory_gib * 2**30))
-    monkeypatch.setattr(defaults, "ROWS_SHARE", 1)
-    args = completed("--model", model, "--max-num-seqs", 256, *block_size)
-    assert args.max_model_len == expected
+GPU = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
 
 
 def test_window_policy_has_the_whole_cache(model: Path) -> None:
@@ -172,20 +170,9 @@ PARALLEL = [
 def test_sizes_are_for_all_ranks_of_this_machine(
     model: Path, free: int, flags: list[object], ranks: int
 ) -> None:
-    """A quarter of what is free for KV pools, an eighth for rows of token ids of 5 bytes."""
-    streams = 4096
-    batch = ["--max-num-seqs", streams, "--max-num-batched-tokens", 2 * streams]
-    args = completed("--model", model, *batch, *flags)
+    """A quarter of what is free for KV pools."""
+    args = completed("--model", model, *flags)
     assert args.kv_cache_memory_bytes == free // (4 * ranks)
-    assert args.max_model_len == free // (8 * ranks) // (5 * streams)
-
-
-def test_the_rows_of_a_gpu_machine_are_for_all_ranks_too(
-    model: Path, free: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(defaults, "current_platform", gpu_of(2**40))
-    args = completed("--model", model, "--max-num-seqs", 1024, "-dp", 8)
-    assert args.max_model_len == free // (8 * 8) // (5 * 1024)
 
 
 @pytest.mark.parametrize("flags", [[], ["-dp", 2]], ids=str)
@@ -225,14 +212,6 @@ def test_what_does_not_go_together_is_one_sentence(model: Path) -> None:
     flags = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 128]
     with pytest.raises(SettingsError, match=r"^max_num_batched_tokens \(128\) is smaller than ."):
         completed("--model", model, *flags)
-
-
-def test_streams_are_as_many_as_vllm_makes_them(model: Path, free: int) -> None:
-    """`--performance-mode throughput` doubles vLLM's 128."""
-    args = completed("--model", model)
-    assert args.max_model_len == free // 8 // (5 * 128)
-    doubled = completed("--model", model, "--performance-mode", "throughput")
-    assert doubled.max_model_len == args.max_model_len // 2
 
 
 def test_answers_are_as_long_as_the_trained_context(model: Path) -> None:

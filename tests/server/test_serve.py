@@ -18,7 +18,7 @@ from vllm_sink.serve import main
 
 from .conftest import CONTEXT, Server, started, wait_for
 
-SINKS, WINDOW, CAPACITY = 4, 60, 1024
+SINKS, WINDOW, LENGTH = 4, 60, 1024
 MODULE = [sys.executable, "-m", "vllm_sink.serve"]
 
 
@@ -30,6 +30,11 @@ MODULE = [sys.executable, "-m", "vllm_sink.serve"]
         (
             ["--window-tokens", "4096"],
             rf"error: sink\.sink_tokens \+ sink\.window_tokens=4100: accepted up to {CONTEXT}, .*$",
+        ),
+        (["--compact-tokens", "9"], r"error: sink\.compact_tokens=9: accepted from 257 on, .*$"),
+        (
+            ["--compact-tokens", "999", "--max-model-len", "600"],
+            r"error: sink\.compact_tokens=999: accepted up to max_model_len=600, .*$",
         ),
         (["--kv-cache-dtype", "fp8"], r"error: kv_cache_dtype=fp8: .*; accepted is auto$"),
         (["--sink-policy", "other"], r"error: argument --sink-policy: invalid choice: 'other' .*$"),
@@ -53,7 +58,7 @@ def test_help_shows_the_flags_in_a_group(capsys: pytest.CaptureFixture[str]) -> 
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert "Which tokens a stream keeps." in text
-    for flag in ("--sink-tokens", "--window-tokens", "--sink-policy"):
+    for flag in ("--sink-tokens", "--window-tokens", "--compact-tokens", "--sink-policy"):
         assert flag in text
 
 
@@ -125,7 +130,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         "served-model-name": "tiny",
         "sink-tokens": SINKS,
         "window-tokens": WINDOW,
-        "max-model-len": CAPACITY,
+        "max-model-len": LENGTH,
         "max-num-seqs": 4,
         "block-size": 32,
         "kv-cache-memory-bytes": 2**26,
@@ -142,7 +147,7 @@ def test_the_log_sums_up_what_is_served(server: Server) -> None:
     """ceil(4/32) + ceil(59/32) + 1 = 4 blocks a stream."""
     summary = re.search(
         r"Sinks S=4, window W=60 tokens, blocks of 32: a stream holds at most 4 blocks .*; "
-        r"KV pool of (\d+) blocks: (\d+) full streams fit, for this group of layers\.",
+        r"KV pool of (\d+) blocks: (\d+) full streams fit; compacted every 960 tokens\.",
         server.log.read_text(),
     )
     assert summary
@@ -188,15 +193,15 @@ def test_a_chat_ends_where_it_says_or_at_the_default(
 
 
 @pytest.mark.slow
-def test_a_prompt_over_the_capacity_is_a_bad_request(server: Server) -> None:
-    response = httpx.post(**server.request(model="tiny", prompt=[1] * (CAPACITY + 1), max_tokens=1))
+def test_a_prompt_over_the_length_is_a_bad_request(server: Server) -> None:
+    response = httpx.post(**server.request(model="tiny", prompt=[1] * (LENGTH + 1), max_tokens=1))
     assert response.status_code == 400
-    assert str(CAPACITY) in response.json()["error"]["message"]
+    assert str(LENGTH) in response.json()["error"]["message"]
 
 
 @pytest.mark.slow
 def test_a_client_that_hangs_up_gives_its_blocks_back(server: Server) -> None:
-    body = {"prompt": [1] * 100, "max_tokens": CAPACITY - 100, "stream": True}
+    body = {"prompt": [1] * 100, "max_tokens": LENGTH - 100, "stream": True}
     with httpx.stream("POST", **server.request(model="tiny", **body)) as response:
         lines = response.iter_lines()
         while not next(lines).startswith("data: "):

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import psutil
 from pydantic import ValidationError
@@ -25,19 +26,12 @@ from vllm_sink.settings import SettingsError, SinkSettings, sentence_of
 
 CACHE_TOKENS = 2048
 """S + W by default, where the model's trained context is no smaller."""
-STREAM_CAPACITY = 4 * 2**20
-"""Tokens a stream may grow to by default."""
-BYTES_A_STREAM_TOKEN = 5
-"""vLLM's model runners keep a token id for every position of every stream, and V1 a flag beside it
-(vllm/v1/worker/gpu_input_batch.py, vllm/v1/worker/gpu/states.py)."""
-ROWS_SHARE = 8
-"""Those rows may take one part in so many of the free memory."""
-BYTES_A_STREAM_BLOCK = 8
-"""On a GPU vLLM keeps two block tables (vllm/v1/worker/gpu/block_table.py), ..."""
-TABLES_SHARE = 64
-"""... out of what `gpu_memory_utilization` leaves: one part in so many of the GPU's memory."""
+PROMPT_TOKENS = 2**17
+"""A prompt's longest by default, where the model's trained context is no longer. vLLM keeps a row
+of so many token ids for every stream (vllm/v1/worker/gpu_input_batch.py, gpu/states.py)."""
 CPU_KV_SHARE = 4
-"""On a CPU, whose memory is not the server's alone, so may the KV pool."""
+"""On a CPU, whose memory is not the server's alone, the KV pool is one part in so many of what is
+free."""
 
 
 def fill_in(args: Namespace) -> None:
@@ -53,17 +47,18 @@ def fill_in(args: Namespace) -> None:
     stock = stock_config(args)
     context, ranks = trained_context(stock.model_config), ranks_here(stock)
     args.trained_context = context
-    settings = settings_from(args, context)
+    # Without chunks a prompt has to fit in one step: there vLLM's own length stays.
+    chunked = stock.scheduler_config.enable_chunked_prefill
+    free_length = args.max_model_len is None and envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN and chunked
+    length = stock.model_config.max_model_len
+    longest = max(PROMPT_TOKENS, context) if free_length else length
+    settings = settings_from(args, context, longest)
+    if free_length and settings.evicts:
+        args.max_model_len = max(longest, settings.compact_tokens or 0)
     args.additional_config = {**args.additional_config, "sink": settings.model_dump()}
     chosen = args.attention_backend or full_attention_backend(args.attention_config)
     if current_platform.is_cuda() and settings.evicts and not chosen:
         args.attention_backend = AttentionBackendEnum.CUSTOM.name
-    # Without chunks a prompt has to fit in one step: there vLLM's own length stays.
-    chunked = stock.scheduler_config.enable_chunked_prefill
-    free_length = args.max_model_len is None and envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN
-    if free_length and settings.evicts and chunked:
-        capacity = stream_capacity(stock.scheduler_config.max_num_seqs, ranks, args.block_size)
-        args.max_model_len = max(capacity, context)
     asked = args.kv_cache_memory_bytes is not None or (
         # By identity, since the user may ask for what is the default.
         args.gpu_memory_utilization is not CacheConfig.gpu_memory_utilization
@@ -83,7 +78,7 @@ def stock_config(args: Namespace) -> VllmConfig:
     plain.additional_config.pop("sink", None)
     if plain.max_model_len is None and envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN and may_cut(plain):
         # As long as it may come to be: nothing is to be held against a shorter length.
-        plain.max_model_len = STREAM_CAPACITY
+        plain.max_model_len = PROMPT_TOKENS
     try:
         with without_information():
             engine_args = AsyncEngineArgs.from_cli_args(plain)
@@ -118,33 +113,33 @@ def ranks_here(vllm_config: VllmConfig) -> int:
     return parallel.local_world_size * max(1, parallel.data_parallel_size_local)
 
 
-def settings_from(args: Namespace, context: int) -> SinkSettings:
-    """Flags over `--additional-config` over defaults; `context` is the trained one, in tokens."""
+def settings_from(args: Namespace, context: int, longest: int) -> SinkSettings:
+    """Flags over `--additional-config` over defaults.
+
+    `context` is the trained one, in tokens, `longest` what there is room for of a stream: by
+    default twice S + W at least, so that it is not compacted all the time.
+    """
     flags = {
         "policy": args.sink_policy,
         "sink_tokens": args.sink_tokens,
         "window_tokens": args.window_tokens,
+        "compact_tokens": args.compact_tokens,
     }
     given = args.additional_config.get("sink", {})
-    SinkSettings.parse(given)
-    given = given | {key: value for key, value in flags.items() if value is not None}
-    if "window_tokens" in given:
-        return SinkSettings.parse(given)
-    cache, sinks = min(CACHE_TOKENS, context), SinkSettings.parse(given).sinks
+    if isinstance(given, dict):
+        given = given | {key: value for key, value in flags.items() if value is not None}
+        if "window_tokens" not in given:
+            given["window_tokens"] = default_window(given, min(context, longest // 2))
+    return SinkSettings.parse(given)
+
+
+def default_window(given: dict[str, Any], longest: int) -> int:
+    """W, such that S + W is the default, or `longest` where that is less."""
+    sinks = SinkSettings.parse(given | {"compact_tokens": None}).sinks
+    cache = min(CACHE_TOKENS, longest)
     if sinks >= cache:
         raise SettingsError(
             f"sink.sink_tokens={sinks}: accepted below {cache}, the default of "
             "sink_tokens + window_tokens; set window_tokens for more"
         )
-    return SinkSettings.parse(given | {"window_tokens": cache - sinks})
-
-
-def stream_capacity(streams: int, ranks: int, block_size: int | None) -> int:
-    """`STREAM_CAPACITY` tokens, or what the rows and tables of `streams` a rank leave of memory."""
-    rows = psutil.virtual_memory().available // (ROWS_SHARE * ranks)
-    capacity = min(STREAM_CAPACITY, rows // (BYTES_A_STREAM_TOKEN * streams))
-    if current_platform.is_cuda():
-        tables = current_platform.get_device_total_memory() // TABLES_SHARE
-        block_size = block_size or CacheConfig.DEFAULT_BLOCK_SIZE
-        capacity = min(capacity, tables // (BYTES_A_STREAM_BLOCK * streams) * block_size)
-    return capacity
+    return cache - sinks
