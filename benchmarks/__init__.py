@@ -3,6 +3,7 @@
 Quality
     python -m benchmarks.perplexity  over a long text, past the trained context
     python -m benchmarks.peers       token by token beside attention-sinks and llama.cpp
+    python -m benchmarks.compaction  what follows a compaction, and what it costs
     python -m benchmarks.streameval  what is recalled, and from how far back
 Speed
     python -m benchmarks.recompute   a token's latency against reading the window anew for each

@@ -2,7 +2,9 @@
 
 Two engines with the same tiny random Llama take turns: the stream of one is at position 4,000, that
 of the other farther down. Then they change roles, so that no difference between two processes is
-taken for one between two positions.
+taken for one between two positions. Neither compacts its stream.
+
+With --tokens, one request to a real server goes on for so many tokens, compacted on the way.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,10 +15,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.harness import cli, results, tiny
+from benchmarks.harness import cli, endless, results, tiny
 from benchmarks.harness.engine import Engine, State, Worker
 
-SINK = {"sink": {"sink_tokens": 4, "window_tokens": 508}}
+SINK = {"sink": {"sink_tokens": 4, "window_tokens": 508, "compact_tokens": 2**20}}
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 2**20,
@@ -116,7 +118,12 @@ def show(plan: Plan, pairs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    options = cli.parser(__doc__, resumable=True).parse_args()
+    parser = cli.parser(__doc__, resumable=True)
+    parser.add_argument("--tokens", type=cli.positive, help="of one request to a real server")
+    options = parser.parse_args()
+    if options.tokens:
+        endless.run(cli.folder(options) / "endless.json", options.tokens, options.fresh, console)
+        return
     plan = QUICK if options.quick else Plan()
     path = cli.folder(options) / "position.json"
     setup = {"model": tiny.MODEL, "seed": tiny.SEED, "engine": ENGINE, **SINK, **asdict(plan)}

@@ -16,6 +16,8 @@ TEMPLATE = "report.md.jinja"
 NAMES = (
     "attention",
     "capacity",
+    "compaction",
+    "endless",
     "peers",
     "perplexity",
     "position",

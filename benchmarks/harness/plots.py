@@ -1,7 +1,7 @@
 """A picture of each benchmark's figures."""
 
 from collections.abc import Callable, Collection
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from benchmarks.harness import names
+from benchmarks.harness.endless import CLOCKS
 from benchmarks.harness.results import spread
 
 Record = dict[str, Any]
@@ -27,6 +28,11 @@ STYLES: dict[str, Style] = {
     "sink-4-stream-positions": {"color": "C3", "ls": ":", "marker": "x", "ms": 5},
     "llamacpp": {"color": "C4", "ls": "-.", "marker": "*", "ms": 7},
 }
+PROCESSES: dict[str, Style] = {
+    "engine": {"color": "C0", "label": "engine"},
+    "front_end": {"color": "C1", "label": "front end"},
+}
+MILLION = 1_000_000
 
 
 def perplexity(figure: Figure, record: Record) -> None:
@@ -39,6 +45,22 @@ def perplexity(figure: Figure, record: Record) -> None:
     plain(axes.yaxis)
     setup = record["setup"]
     figure.suptitle(f"{setup['text']}, S + W = {setup['recompute']['cache']:,}")
+    legend(figure, axes)
+
+
+def compaction(figure: Figure, record: Record) -> None:
+    axes = figure.subplots()
+    seen, plan = record["quality"], record["setup"]["quality"]
+    places = [point["tokens"] for point in seen["points"]]
+    ratio, error = seen["ratio"]["ratio"], seen["ratio"]["standard_error"]
+    axes.plot(places, [point["ratio"] for point in seen["points"]], "o", label="one compaction")
+    axes.axhline(ratio, label="all")
+    axes.axhspan(ratio - error, ratio + error, alpha=0.2, label="standard error")
+    axes.axhline(1, ls=":", color="black")
+    axes.set(xlabel="tokens of the stream at the compaction", ylabel="perplexity over uncompacted")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    cache = plan["buffer"]["sinks"] + plan["buffer"]["window"]
+    figure.suptitle(f"The {plan['after']} tokens after a compaction, S + W = {cache:,}")
     legend(figure, axes)
 
 
@@ -74,6 +96,30 @@ def position(figure: Figure, record: Record) -> None:
     plain(axes.xaxis, positions)
     figure.suptitle("Sinks far down a stream; bars: minimum to maximum")
     legend(figure, axes)
+
+
+def endless(figure: Figure, record: Record) -> None:
+    time, memory = figure.subplots(1, 2)
+    clocks: dict[str, Style] = {
+        "wall": {"color": "gray", "label": "wall clock"},
+        **{f"{name}_cpu": style for name, style in PROCESSES.items()},
+    }
+    for segment, samples in enumerate(record["segments"]):
+        once = {"label": None} if segment else {}
+        positions = [sample["position"] / MILLION for sample in samples]
+        for name, style in clocks.items():
+            stretches = pairwise(CLOCKS[name](sample) for sample in samples)
+            taken = [1000 * (b - a) / record["setup"]["every"] for a, b in stretches]
+            time.plot(positions[1:], taken, **style | once)
+        for name, style in PROCESSES.items():
+            held = [sample[name]["rss_mib"] for sample in samples]
+            memory.plot(positions, held, **style | once)
+    for axes in (time, memory):
+        axes.set(xlabel="position in the stream, million tokens", ylim=(0, None))
+    time.set(ylabel="ms a token: wall clock, CPU time")
+    memory.set(ylabel="resident memory, MiB")
+    figure.suptitle("One request to a real server")
+    legend(figure, time)
 
 
 def throughput(figure: Figure, record: Record) -> None:
@@ -174,8 +220,10 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 DRAW: dict[str, Callable[[Figure, Record], None]] = {
     "perplexity": perplexity,
+    "compaction": compaction,
     "recompute": recompute,
     "position": position,
+    "endless": endless,
     "throughput": throughput,
     "capacity": capacity,
     "streameval": streameval,

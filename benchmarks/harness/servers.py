@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
+OURS = [sys.executable, "-m", "vllm_sink.serve"]
 GPU_SHARE = 0.2
 """Of a GPU's memory: four servers of vLLM at a time."""
 CAUSE = re.compile(r"^(?:\(.*\] )?((?:[\w.]+Error|.* error): .+)", re.MULTILINE)
@@ -71,14 +72,14 @@ class Arm:
 
 def sink(shape: Shape, port: int) -> list[str]:
     sizes = {"sink-tokens": shape.geometry.sinks, "window-tokens": shape.geometry.window}
-    return [*_ours(shape, port), *_flags(sizes)]
+    return [*_ours(shape, port), *flags(sizes)]
 
 
 def window(shape: Shape, port: int) -> list[str]:
     return [
         *_ours(shape, port),
         "--sink-policy=window",
-        *_flags({"window-tokens": shape.cache_tokens}),
+        *flags({"window-tokens": shape.cache_tokens}),
     ]
 
 
@@ -96,11 +97,11 @@ def llamacpp(shape: Shape, port: int) -> list[str]:
         "keep": shape.geometry.sinks,
     }
     script = str(venvs.GUESTS / "llamacpp_server.py")
-    return [*venvs.isolated("llamacpp"), script, *_flags(settings)]
+    return [*venvs.isolated("llamacpp"), script, *flags(settings)]
 
 
 def _ours(shape: Shape, port: int) -> list[str]:
-    return [sys.executable, "-m", "vllm_sink.serve", *_vllm(shape, port)]
+    return [*OURS, *_vllm(shape, port)]
 
 
 def _vllm(shape: Shape, port: int) -> list[str]:
@@ -116,7 +117,7 @@ def _vllm(shape: Shape, port: int) -> list[str]:
     }
     if _on_gpu():
         settings["gpu-memory-utilization"] = GPU_SHARE
-    return ["--enforce-eager", "--enable-prefix-caching", *_flags(settings)]
+    return ["--enforce-eager", "--enable-prefix-caching", *flags(settings)]
 
 
 def _on_gpu() -> bool:
@@ -125,7 +126,7 @@ def _on_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def _flags(settings: dict[str, Any]) -> list[str]:
+def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -174,6 +175,12 @@ class Target:
         if answer.is_error:
             raise BenchmarkError(f"The server at {self.url} cannot generate: {answer.text}.")
 
+    def kv_blocks(self) -> int:
+        """Of ours: blocks that requests hold."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        (held,) = (line for line in lines if line.startswith("vllm_sink:kv_blocks_held{"))
+        return int(float(held.rpartition(" ")[2]))
+
     def memory_mib(self) -> float | None:
         """Of all its processes; pages that they share count once (PSS)."""
         if self.process is None:
@@ -209,9 +216,22 @@ def running(name: str, shape: Shape) -> Iterator[Target]:
     Raises:
         BenchmarkError: it does not start.
     """
+    with started(lambda port: ARMS[name].command(shape, port)) as target:
+        yield target
+
+
+@contextmanager
+def started(
+    command: Callable[[int], list[str]], variables: dict[str, str] | None = None
+) -> Iterator[Target]:
+    """The server of a command, given its port, until the context ends.
+
+    Raises:
+        BenchmarkError: it does not start.
+    """
     port = free_port()
-    variables = [f"{key}={value}" for key, value in ENVIRONMENT.items()]
-    with serving(["env", *variables, *ARMS[name].command(shape, port)], port) as server:
+    chosen = [f"{key}={value}" for key, value in (ENVIRONMENT | (variables or {})).items()]
+    with serving(["env", *chosen, *command(port)], port) as server:
         try:
             asyncio.run(server.ready())
         except ServerLostError as error:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vllm_sink import embedded
+
 SEED = 0
 VOCABULARY = 128
 MODEL = {
@@ -21,15 +23,18 @@ MODEL = {
 
 
 @contextmanager
-def llama() -> Iterator[str]:
-    """The folder of its checkpoint."""
+def llama(speaks: bool = False, **config: int) -> Iterator[str]:
+    """The folder of its checkpoint; one that `speaks` has the embedded model's tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "tiny-llama")
-        LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
+        if speaks:
+            # Of its tokens, those that this model has.
+            AutoTokenizer.from_pretrained(embedded.path()).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**(MODEL | config))).save_pretrained(folder)
         yield str(folder)
 
 

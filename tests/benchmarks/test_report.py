@@ -33,6 +33,11 @@ def test_one_page_of_what_there_is(tmp_path: Path) -> None:
         assert (tmp_path / f"{picture}.png").stat().st_size > 5_000
 
 
+@pytest.mark.parametrize("name", report.NAMES)
+def test_any_may_be_missing(name: str) -> None:
+    report.page(report.gather(COMMITTED) | {name: None})
+
+
 def test_the_committed_page_is_made_from_the_committed_results() -> None:
     page = (COMMITTED / "README.md").read_text("utf-8")
     assert page == report.page(report.gather(COMMITTED))

@@ -29,3 +29,42 @@ def test_rounds_are_one_point_and_clients_plain_numbers() -> None:
         assert all([*line.get_xdata()] == [1, 1024] for line in lines)
     rates = [[*line.get_ydata()] for line in figure.axes[0].get_legend_handles_labels()[0]]
     assert rates == [[1.0, 5.0], [2.0, 6.0]]
+
+
+def seen(position: int, seconds: float) -> dict[str, Any]:
+    engine, front_end = ({"cpu_s": seconds / 2, "rss_mib": mib} for mib in (900.0, 300.0))
+    return {"position": position, "seconds": seconds, "engine": engine, "front_end": front_end}
+
+
+def test_servers_that_go_on_with_a_stream_have_one_name_in_the_legend() -> None:
+    segments = [[seen(1000, 1.0), seen(2000, 3.0)], [seen(3000, 1.0), seen(4000, 4.0)]]
+    figure = Figure()
+    plots.endless(figure, {"setup": {"every": 1000}, "segments": segments})
+    time, memory = figure.axes
+    assert time.get_legend_handles_labels()[1] == ["wall clock", "engine", "front end"]
+    assert [[*line.get_ydata()] for line in time.lines] == [
+        [2.0],
+        [1.0],
+        [1.0],
+        [3.0],
+        [1.5],
+        [1.5],
+    ]
+    assert [[*line.get_xdata()] for line in memory.lines[::2]] == [[0.001, 0.002], [0.003, 0.004]]
+
+
+def test_the_ratio_of_all_compactions_lies_in_its_band() -> None:
+    points = [{"tokens": 16, "ratio": 0.9}, {"tokens": 24, "ratio": 1.1}]
+    overall = {"ratio": 0.99, "standard_error": 0.02}
+    reading = {"buffer": {"sinks": 2, "window": 6, "mark": 16}, "after": 4}
+    record = {
+        "setup": {"quality": reading},
+        "quality": {"points": points, "ratio": overall},
+    }
+    figure = Figure()
+    plots.compaction(figure, record)
+    (axes,) = figure.axes
+    each, every, band = axes.get_legend_handles_labels()[0]
+    assert [[*each.get_xdata()], [*each.get_ydata()]] == [[16, 24], [0.9, 1.1]]
+    assert set(every.get_ydata()) == {0.99}
+    assert band.get_extents().height > 0
