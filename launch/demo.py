@@ -1,4 +1,4 @@
-"""`make demo`: streams that outgrow their window many times over, in a KV cache that does not grow.
+"""`make demo`: streams that pass window and `max_model_len`, in a KV cache that does not grow.
 
 Starts the server on the embedded model, lets several clients stream from it at once, shows how far
 each has come and how many KV blocks they hold, and stops the server again, however it ends.
@@ -75,6 +75,7 @@ class CacheUse:
     block_size: int
     blocks: float
     streams: int
+    compactions: int
 
     @classmethod
     def parse(cls, metrics: str) -> "CacheUse":
@@ -90,6 +91,7 @@ class CacheUse:
             block_size=int(config["block_size"]),
             blocks=samples["vllm:kv_cache_usage_perc"].value * usable_blocks,
             streams=int(samples["vllm:num_requests_running"].value),
+            compactions=int(samples["vllm_sink:compactions_total"].value),
         )
 
     @property
@@ -104,7 +106,9 @@ class Run:
     streams: list[Stream]
     geometry: Geometry
     tokens: int
+    max_model_len: int
     block_size: int = 0
+    compactions: int = 0
     blocks_a_stream: float = 0.0
     most_blocks_a_stream: float = 0.0
     started_at: float = field(default_factory=time.monotonic)
@@ -115,15 +119,16 @@ class Run:
 
     def see(self, use: CacheUse) -> None:
         """Note a sample, once all prompts are read: until then a stream may hold more blocks."""
+        self.compactions = use.compactions
         if use.streams and all(stream.position for stream in self.streams):
             self.block_size = use.block_size
             self.blocks_a_stream = use.blocks_a_stream
             self.most_blocks_a_stream = max(self.most_blocks_a_stream, use.blocks_a_stream)
 
     def table(self) -> Table:
-        words_width = max(16, console.width - 58)
+        words_width = max(20, console.width - 69)
         table = Table(caption=self.blocks_line(), caption_justify="left")
-        for heading in ("client", "position", "windows", "generated", "tokens/s"):
+        for heading in ("client", "position", "windows", "lengths", "generated", "tokens/s"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("last words", justify="right", no_wrap=True)
         for stream in self.streams:
@@ -131,6 +136,7 @@ class Run:
                 stream.name,
                 f"{stream.position:,}",
                 f"{stream.position / self.geometry.window:.1f}",
+                f"{stream.position / self.max_model_len:.1f}",
                 f"{stream.generated:,}",
                 f"{stream.tokens_per_second:.1f}",
                 escape(" ".join(stream.text[-200:].split())[-words_width:]),
@@ -154,7 +160,9 @@ class Run:
             f"KV blocks of {self.block_size} tokens a stream, on average: "
             f"{self.blocks_a_stream:.1f} now, {self.most_blocks_a_stream:.1f} at most; "
             f"bound {self.geometry.max_blocks(self.block_size)}; "
-            f"without eviction {cdiv(position, self.block_size)}"
+            f"without eviction {cdiv(position, self.block_size)}; "
+            f"max_model_len {self.max_model_len:,}, at which {self.compactions} times a stream was "
+            "compacted"
         )
 
 
@@ -162,6 +170,7 @@ def server_command(model: Path, options: argparse.Namespace, port: int) -> list[
     settings = {
         "sink-tokens": SINK_TOKENS,
         "window-tokens": options.window,
+        "max-model-len": options.length,
         "served-model-name": MODEL,
         "max-num-seqs": options.clients,
         "host": "127.0.0.1",
@@ -235,7 +244,7 @@ async def demo(options: argparse.Namespace, model: Path) -> None:
             Stream(f"{i}", [{"role": "user", "content": INSTRUCTION + passage}])
             for i, passage in enumerate(passages(options.clients), 1)
         ]
-        run = Run(streams, Geometry(SINK_TOKENS, options.window), options.tokens)
+        run = Run(streams, Geometry(SINK_TOKENS, options.window), options.tokens, options.length)
         await asyncio.gather(
             show(run, server),
             *(stream_tokens(stream, server, options.tokens) for stream in streams),
@@ -249,7 +258,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=508, help="window W, tokens (%(default)s)")
     parser.add_argument("--tokens", type=int, help="length of each stream, tokens (four windows)")
     options = parser.parse_args(arguments)
-    options.tokens = options.tokens or 4 * (SINK_TOKENS + options.window) + 64
+    cache = SINK_TOKENS + options.window
+    options.length = max(2 * cache, 2 * LONGEST_PROMPT)
+    options.tokens = options.tokens or 4 * cache + 64
     if options.tokens < LONGEST_PROMPT:
         parser.error(
             f"--tokens {options.tokens}: at least {LONGEST_PROMPT}, to go past the prompts"

@@ -23,6 +23,9 @@ vllm:kv_cache_usage_perc{engine="0",model_name="smollm2-135m-instruct"} 0.055096
 # HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="364",sliding_window="None"} 1.0
+# HELP vllm_sink:compactions_total Compactions of streams at the mark.
+# TYPE vllm_sink:compactions_total counter
+vllm_sink:compactions_total{engine="0",model_name="smollm2-135m-instruct"} 8.0
 """
 
 DEMO = [sys.executable, "-m", "launch.demo"]
@@ -37,7 +40,7 @@ def run_of(*positions: int) -> Run:
     streams = [Stream(f"{i}", []) for i, _ in enumerate(positions)]
     for stream, position in zip(streams, positions, strict=True):
         stream.advance(position, "")
-    return Run(streams, Geometry(sinks=4, window=508), tokens=2112)
+    return Run(streams, Geometry(sinks=4, window=508), tokens=2112, max_model_len=1024)
 
 
 def printed(run: Run) -> str:
@@ -49,26 +52,27 @@ def printed(run: Run) -> str:
 
 def test_cache_use_is_read_from_prometheus_text() -> None:
     use = CacheUse.parse(METRICS)
-    assert (use.block_size, use.streams) == (128, 4)
+    assert (use.block_size, use.streams, use.compactions) == (128, 4, 8)
     assert use.blocks == pytest.approx(20)
     assert use.blocks_a_stream == pytest.approx(5)
 
 
 def test_no_stream_holds_no_blocks() -> None:
-    assert CacheUse(block_size=128, blocks=0.0, streams=0).blocks_a_stream == 0
+    assert CacheUse(block_size=128, blocks=0.0, streams=0, compactions=0).blocks_a_stream == 0
 
 
 def test_the_most_blocks_held_are_kept() -> None:
     run = run_of(600, 700)
     for blocks in (8.0, 12.0, 10.0):
-        run.see(CacheUse(block_size=128, blocks=blocks, streams=2))
+        run.see(CacheUse(block_size=128, blocks=blocks, streams=2, compactions=3))
     assert (run.blocks_a_stream, run.most_blocks_a_stream) == (5, 6)
     assert "6.0 at most; bound 6; without eviction 6" in run.blocks_line()
+    assert "max_model_len 1,024, at which 3 times a stream was compacted" in run.blocks_line()
 
 
 def test_prompts_still_being_read_are_not_counted() -> None:
     run = run_of(600, 0)
-    run.see(CacheUse(block_size=128, blocks=40.0, streams=2))
+    run.see(CacheUse(block_size=128, blocks=40.0, streams=2, compactions=0))
     assert run.most_blocks_a_stream == 0
     assert run.blocks_line() == "reading prompts"
 
@@ -119,16 +123,18 @@ def test_the_server_is_told_what_was_asked_for() -> None:
     command = " ".join(server_command(Path("model"), parse(["--window", "252"]), 8123))
     assert "--sink-tokens 4 --window-tokens 252" in command
     assert "--port 8123" in command
+    assert "--max-model-len 1024" in command
 
 
 @pytest.mark.slow
-def test_streams_outgrow_their_window_in_bounded_memory() -> None:
-    command = [*DEMO, "--window", "252", "--tokens", "1024", "--clients", "2"]
+def test_streams_pass_window_and_length_in_bounded_memory() -> None:
+    command = [*DEMO, "--window", "252", "--tokens", "1100", "--clients", "2"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     most, bound = re.findall(r"([0-9.]+) at most; bound (\d+)", finished.stdout)[-1]
     assert 0 < float(most) <= int(bound)
-    assert finished.stdout.count("1,024") >= 2
+    assert finished.stdout.count("1,100") >= 2
+    assert "max_model_len 1,024, at which 2 times" in finished.stdout
 
 
 @pytest.mark.slow
