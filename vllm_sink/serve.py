@@ -77,8 +77,8 @@ def make_parser() -> FlexibleArgumentParser:
     sinks.add_argument(
         "--window-tokens",
         type=int,
-        help="W, most recent tokens kept (default: S + W is the smaller of "
-        f"{CACHE_TOKENS} and the model's trained context)",
+        help=f"W, most recent tokens kept (default: S + W is the smallest of {CACHE_TOKENS}, the "
+        "model's trained context and half of --max-model-len)",
     )
     sinks.add_argument(
         "--compact-tokens",

@@ -73,8 +73,11 @@ class Admitting(Scheduler):
         (sinks, *_) = (m for m in self.managers if isinstance(m, SinkManager))
         longest = self.buffer.mark if self.buffer else self.max_model_len
         held, read = (
-            sum(most_blocks(manager, longest, tokens) for manager in self.managers)
-            for tokens in (self.decoding_tokens, self.reading_tokens)
+            sum(most_blocks(manager, tokens, in_flight) for manager in self.managers)
+            for tokens, in_flight in (
+                (longest, self.decoding_tokens),
+                (self.max_model_len, self.reading_tokens),
+            )
         )
         logger.info(
             "Sinks S=%d, window W=%d tokens, blocks of %d: a stream holds at most %d blocks "
