@@ -5,7 +5,7 @@ vLLM has no hook for a general plugin to see a finished config, and a model with
 for general plugins in vLLM would make this unnecessary.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -14,23 +14,19 @@ from vllm_sink.plugin import capacity, outputs, requests
 from vllm_sink.plugin.check import check
 from vllm_sink.plugin.config import SCHEDULERS, settings_of
 from vllm_sink.plugin.presence import NAME, Vouched
+from vllm_sink.plugin.wrapping import wrap
 
 STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 CPU_WORKER = "vllm_sink.plugin.cpu_worker.CPUSinkWorker"
 
 
 def register() -> None:
-    """Wrap the method, once a process."""
-    original = VllmConfig.__post_init__
-    if hasattr(original, "__wrapped__"):
-        return
+    wrap(VllmConfig, "__post_init__", completed)
 
-    @wraps(original)
-    def completed(self: VllmConfig, *args: Any) -> None:
-        original(self, *args)
-        complete(self)
 
-    VllmConfig.__post_init__ = completed
+def completed(original: Callable[..., None], vllm_config: VllmConfig, *args: Any) -> None:
+    original(vllm_config, *args)
+    complete(vllm_config)
 
 
 def complete(vllm_config: VllmConfig) -> None:

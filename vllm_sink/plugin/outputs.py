@@ -6,7 +6,7 @@ is no seam for it, so `RequestState.make_request_output` is wrapped, which is ca
 of each request. Front-end state that drops what a delta has sent would make this unnecessary.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any, overload
 
 from vllm.sampling_params import RequestOutputKind
@@ -16,6 +16,8 @@ from vllm.v1.engine.detokenizer import (
     SlowIncrementalDetokenizer,
 )
 from vllm.v1.engine.output_processor import RequestState
+
+from vllm_sink.plugin.wrapping import wrap
 
 AT_ONCE = 1024
 """How many tokens or characters are forgotten at a time, not to copy the rest at every step."""
@@ -61,19 +63,14 @@ class RecentTokens:
 
 
 def register() -> None:
-    """Wrap the method, once a process."""
-    original = RequestState.make_request_output
-    if hasattr(original, "__wrapped__"):
-        return
+    wrap(RequestState, "make_request_output", made)
 
-    @wraps(original)
-    def made(self: RequestState, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        if self.output_kind is RequestOutputKind.DELTA and self.detokenizer is not None:
-            forget_sent(self)
-        return output
 
-    RequestState.make_request_output = made
+def made(original: Callable[..., Any], state: RequestState, *args: Any, **kwargs: Any) -> Any:
+    output = original(state, *args, **kwargs)
+    if state.output_kind is RequestOutputKind.DELTA and state.detokenizer is not None:
+        forget_sent(state)
+    return output
 
 
 def forget_sent(state: RequestState) -> None:

@@ -5,7 +5,7 @@ put right (`compaction.continued`); what is not is refused, if the stream can co
 has no hook for a plugin to see requests, so `InputProcessor.process_inputs` is wrapped.
 """
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -14,6 +14,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_sink.plugin.config import settings_of
+from vllm_sink.plugin.wrapping import wrap
 
 NO_END = 2**31 - 1
 """Tokens of a stream that vLLM's int32 can count (vllm/v1/worker/gpu/states.py)."""
@@ -22,24 +23,24 @@ COUNTED = ("thinking_token_budget", "trace_decode_token_ids")
 
 
 def register() -> None:
-    """Wrap the method, once a process."""
-    original = InputProcessor.process_inputs
-    if hasattr(original, "__wrapped__"):
-        return
+    wrap(InputProcessor, "process_inputs", processed)
 
-    @wraps(original)
-    def processed(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
-        request = original(self, *args, **kwargs)
-        settings, parameters = settings_of(self.vllm_config), request.sampling_params
-        buffer = settings and settings.buffer(self.model_config.max_model_len)
-        if buffer and parameters is not None:
-            prompt = len(request.prompt_token_ids)
-            parameters.max_tokens = min(parameters.max_tokens, NO_END - prompt)
-            if buffer.compactions(prompt, prompt + parameters.max_tokens - 1):
-                check(parameters, buffer.mark)
-        return request
 
-    InputProcessor.process_inputs = processed
+def processed(
+    original: Callable[..., EngineCoreRequest],
+    processor: InputProcessor,
+    *args: Any,
+    **kwargs: Any,
+) -> EngineCoreRequest:
+    request = original(processor, *args, **kwargs)
+    settings, parameters = settings_of(processor.vllm_config), request.sampling_params
+    buffer = settings and settings.buffer(processor.model_config.max_model_len)
+    if buffer and parameters is not None:
+        prompt = len(request.prompt_token_ids)
+        parameters.max_tokens = min(parameters.max_tokens, NO_END - prompt)
+        if buffer.compactions(prompt, prompt + parameters.max_tokens - 1):
+            check(parameters, buffer.mark)
+    return request
 
 
 def check(parameters: SamplingParams, mark: int) -> None:
