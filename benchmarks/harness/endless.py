@@ -1,11 +1,14 @@
 """One request to a real server that goes on for millions of tokens, watched from outside.
 
 Its run may be broken off: what a stream is, its buffer is, so another server goes on from there.
+At its end it takes turns with a stream of another server that is near its beginning, so that what
+else the machine does meets both.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +45,12 @@ SETTLED = 100_000
 """From so many tokens of a server on, it is to stay as it is."""
 STRETCH = 10
 """Samples that are compared, at each end."""
+TURNS = 40
+"""Of each of the two streams, at the end."""
+TURN = 2_500
+"""Tokens of a turn that are timed ..."""
+LEAD = 100
+"""... after so many, some of which lay ready."""
 CLOCKS: dict[str, Callable[[dict[str, Any]], float]] = {
     "wall": lambda sample: sample["seconds"],
     "engine_cpu": lambda sample: sample["engine"]["cpu_s"],
@@ -93,14 +102,12 @@ class Stream:
                 self.tokens = BUFFER.compact(self.tokens)
 
 
-def follow(target: Target, stream: Stream, until: int, sampled: Callable[[Sample], None]) -> None:
-    """Read the stream to position `until`, and hand on a sample every so many tokens.
+def follow(target: Target, stream: Stream, until: int) -> Iterator[None]:
+    """Read the stream, and come back after each event, until position `until`.
 
     Raises:
         BenchmarkError: it breaks off.
     """
-    assert target.process is not None
-    engine = target.process.children(recursive=True)
     body = {
         "model": target.model,
         "prompt": stream.tokens,
@@ -110,7 +117,6 @@ def follow(target: Target, stream: Stream, until: int, sampled: Callable[[Sample
         "stream": True,
         "return_token_ids": True,
     }
-    start = None
     url = f"{target.url}/v1/completions"
     try:
         with httpx.stream("POST", url, json=body, timeout=None) as response:
@@ -123,13 +129,54 @@ def follow(target: Target, stream: Stream, until: int, sampled: Callable[[Sample
                 if "error" in event:
                     raise BenchmarkError(f"The stream broke off: {event['error']['message']}")
                 stream.take(event["choices"][0]["token_ids"] or [])
-                start = start or time.monotonic()
-                if stream.position % EVERY == 0:
-                    seconds = round(time.monotonic() - start, 3)
-                    uses = (Use.of(engine), Use.of([target.process]))
-                    sampled(Sample(stream.position, seconds, *uses, target.kv_blocks()))
+                yield
     except httpx.HTTPError as error:
         raise BenchmarkError(f"The server at {target.url} was lost: {error}.") from error
+
+
+@dataclass
+class Runner:
+    """A server and its one stream, which goes on while it is read."""
+
+    target: Target
+    stream: Stream
+    until: int
+
+    def __post_init__(self) -> None:
+        self.engine = self.process.children(recursive=True)
+        self.events = follow(self.target, self.stream, self.until)
+        self.start: float | None = None
+
+    @property
+    def process(self) -> psutil.Process:
+        assert self.target.process is not None
+        return self.target.process
+
+    def read(self, position: int) -> Sample:
+        while self.stream.position < position:
+            next(self.events)
+            self.start = self.start or time.monotonic()
+        seconds = round(time.monotonic() - (self.start or 0), 3)
+        uses = (Use.of(self.engine), Use.of([self.process]))
+        return Sample(self.stream.position, seconds, *uses, self.target.kv_blocks())
+
+    def turn(self) -> dict[str, float]:
+        """Milliseconds a token, on each clock."""
+        first = self.read(self.stream.position + LEAD)
+        last = self.read(first.position + TURN)
+        tokens = last.position - first.position
+        return {
+            name: 1000 * (clock(asdict(last)) - clock(asdict(first))) / tokens
+            for name, clock in CLOCKS.items()
+        }
+
+    def suspend(self) -> None:
+        for process in (self.process, *self.engine):
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in (self.process, *self.engine):
+            process.resume()
 
 
 def run(path: Path, until: int, fresh: bool, console: Console) -> None:
@@ -142,23 +189,69 @@ def run(path: Path, until: int, fresh: bool, console: Console) -> None:
     stream = Stream(record["position"], record["tokens"])
     samples: list[dict[str, Any]] = []
     segments = [*record["segments"], samples]
+    turns: dict[str, Any] | None = record.get("turns")
 
     def sampled(sample: Sample) -> None:
         samples.append(asdict(sample))
         progress.update(task, completed=sample.position)
+        write()
+
+    def write() -> None:
         state = {"position": stream.position, "tokens": stream.tokens, "segments": segments}
-        figures = {"setup": setup, "servers": summary(segments), **state}
+        figures = {"setup": setup, "servers": summary(segments), "turns": turns, **state}
         results.write(path, "benchmarks.position", figures, None)
 
     if stream.position < until:
         with (
             tiny.llama(speaks=True, **LAYERS) as model,
-            servers.started(lambda port: command(model, port), VARIABLES) as target,
+            server(model) as target,
             Progress(console=console) as progress,
         ):
             task = progress.add_task("tokens", total=until, completed=stream.position)
-            follow(target, stream, until, sampled)
+            far = Runner(target, stream, until + TURNS * (LEAD + TURN) + EVERY)
+            while stream.position < until:
+                sampled(far.read(min(until, stream.position // EVERY * EVERY + EVERY)))
+            far.suspend()
+            try:
+                with server(model) as other:
+                    turns = take_turns(far, other, progress)
+            finally:
+                far.resume()
+            write()
     show(summary(segments), console)
+
+
+def take_turns(far: Runner, other: Target, progress: Progress) -> dict[str, Any]:
+    """Of a suspended server, whose stream has come far, and of another, once it has settled: the
+    time a token on each clock, and the ratios of turns side by side."""
+    position = far.stream.position
+    stream = Stream(PROMPT, tiny.tokens(PROMPT))
+    near = Runner(other, stream, SETTLED + TURNS * (LEAD + TURN) + EVERY)
+    task = progress.add_task("settling", total=SETTLED)
+    while stream.position < SETTLED:
+        near.read(min(SETTLED, stream.position + EVERY))
+        progress.update(task, completed=stream.position)
+    near.suspend()
+    turns: dict[str, list[dict[str, float]]] = {"near": [], "far": []}
+    task = progress.add_task("taking turns", total=TURNS)
+    for _ in range(TURNS):
+        for name, runner in (("near", near), ("far", far)):
+            runner.resume()
+            turns[name].append(runner.turn())
+            runner.suspend()
+        progress.advance(task)
+    near.resume()
+    clocks = {}
+    for clock in CLOCKS:
+        taken = {name: [turn[clock] for turn in turns[name]] for name in turns}
+        ratios = [b / a for a, b in zip(taken["near"], taken["far"], strict=True)]
+        spreads = {f"{name}_ms": results.spread(values) for name, values in taken.items()}
+        clocks[clock] = {**spreads, "ratio": results.spread(ratios)}
+    return {"near": SETTLED, "far": position, **clocks}
+
+
+def server(model: str) -> AbstractContextManager[Target]:
+    return servers.started(lambda port: command(model, port), VARIABLES)
 
 
 def command(model: str, port: int) -> list[str]:
