@@ -27,11 +27,12 @@ install: .venv/.installed
 	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) requirements/install
 	@touch $@
 
-# What does not fit into .venv: peers, the load generator, Triton; and a text.
+# What does not fit into .venv: peers, the load generator, clients, Triton; and a text, and Redis.
 venvs: install
 	$(BIN)/python -m benchmarks.harness.venvs \
 		$(notdir $(basename $(wildcard requirements/venvs/*.in)))
 	$(BIN)/python -m benchmarks.texts.novels
+	$(BIN)/python -m benchmarks.harness.redis
 
 demo: install
 	$(BIN)/python -m launch.demo \

@@ -7,6 +7,8 @@ ARMS = {
     "full": "nothing evicted",
     "recompute": "re-computation",
     "llamacpp": "llama.cpp",
+    "session": "session, new messages alone",
+    "session-all": "session, all messages",
     "llama.cpp-one": "llama.cpp, one at a time",
     "llama.cpp-half": "llama.cpp, half at a time",
     "sink-1": "1 sink",

@@ -6,18 +6,13 @@ fetches them: a Debian package of 1.6 MB, unpacked into ~/.cache/vllm_sink and n
 """
 
 import re
-import shutil
-import subprocess
-import tempfile
 import zlib
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness import cli
-from vllm_sink import cache
+from benchmarks.harness import cli, debian
 
-DEBIAN_LOCK = Path(__file__).parents[2] / "requirements" / "debian.lock"
 PACKAGE = "r-cran-janeaustenr"
 DATA = Path("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 STRING = re.compile(rb"(?s:(?:\x00\x04\x00|\x00\x00\x80)\t(.{4}))")
@@ -30,7 +25,7 @@ def text() -> str:
     Raises:
         BenchmarkError: they have not been fetched.
     """
-    data = _unpacked() / DATA
+    data = debian.folder("novels") / DATA
     if not data.exists():
         raise cli.BenchmarkError("The novels are missing: run `python -m benchmarks.texts.novels`.")
     return "\n".join(line for novel in _entries(data.read_bytes()) for line in _strings(novel))
@@ -38,27 +33,7 @@ def text() -> str:
 
 def fetch() -> None:
     """Raises BenchmarkError where apt-get or dpkg fail; their own words are on stderr."""
-    if _unpacked().exists():
-        return
-    lines = DEBIAN_LOCK.read_text(encoding="utf-8").splitlines()
-    (locked,) = (line for line in lines if line.startswith(PACKAGE))
-    with tempfile.TemporaryDirectory(dir=cache.folder()) as scratch:
-        # Debian drops a version when the next one comes; the text stays.
-        if all(_fails(["apt-get", "-q", "download", name], scratch) for name in (locked, PACKAGE)):
-            raise cli.BenchmarkError(f"apt-get could not download {PACKAGE}, a Debian package.")
-        (package,) = Path(scratch).glob("*.deb")
-        unpacked = Path(scratch, "unpacked")
-        if _fails(["dpkg-deb", "-x", package.name, unpacked.name], scratch):
-            raise cli.BenchmarkError(f"dpkg-deb could not unpack {package.name}.")
-        unpacked.rename(_unpacked())
-
-
-def _unpacked() -> Path:
-    return cache.folder() / "novels"
-
-
-def _fails(command: list[str], folder: str) -> bool:
-    return not shutil.which(command[0]) or subprocess.run(command, cwd=folder).returncode != 0
+    debian.fetch("novels", PACKAGE)
 
 
 def _entries(database: bytes) -> Iterator[bytes]:
