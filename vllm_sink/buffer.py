@@ -7,6 +7,7 @@ buffer's start: the "sliding window with re-computation" of the StreamingLLM pap
 own tokens alone, never from memory, batching or timing. A prompt is read whole, however long.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,6 +31,16 @@ class Buffer:
     def compact(self, tokens: list[int]) -> list[int]:
         """What a full buffer becomes."""
         return tokens[: self.sinks] + tokens[-self.window :]
+
+    def extended(self, tokens: list[int], generated: Sequence[int]) -> list[int]:
+        """What a buffer becomes as its stream goes on with generated tokens; it may be changed."""
+        while generated:
+            room = max(self.mark - len(tokens), 1)
+            tokens.extend(generated[:room])
+            generated = generated[room:]
+            if self.is_full(len(tokens)):
+                tokens = self.compact(tokens)
+        return tokens
 
     def first_compaction(self, prompt: int) -> int:
         """Tokens of a stream as it is compacted first; `prompt` is the length of its prompt."""

@@ -95,11 +95,8 @@ class Stream:
     tokens: list[int]
 
     def take(self, tokens: list[int]) -> None:
-        for token in tokens:
-            self.position += 1
-            self.tokens.append(token)
-            if BUFFER.is_full(len(self.tokens)):
-                self.tokens = BUFFER.compact(self.tokens)
+        self.position += len(tokens)
+        self.tokens = BUFFER.extended(self.tokens, tokens)
 
 
 def follow(target: Target, stream: Stream, until: int) -> Iterator[None]:
