@@ -1,6 +1,6 @@
 """`python -m vllm_sink.serve`: vLLM's OpenAI-compatible server, with streams that never end.
 
-Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and five of its own.
+Takes every flag of `vllm serve` (vllm/entrypoints/cli/serve.py) and some of its own.
 """
 
 import gc
@@ -17,7 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_sink import embedded
 from vllm_sink.plugin import presence
 from vllm_sink.plugin.refusal import passed_on
-from vllm_sink.server import answers
+from vllm_sink.server import answers, sessions
 from vllm_sink.server.defaults import CACHE_TOKENS, fill_in
 from vllm_sink.settings import MARK, Policy, SettingsError
 
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             presence.require()
             args = make_parser().parse_args(arguments)
             fill_in(args)
+            sessions.prepare(args)
             ServeSubcommand().validate(args)
             ServeSubcommand.cmd(args)
     except (SettingsError, embedded.EmbeddedModelError) as error:
@@ -98,16 +99,57 @@ def make_parser() -> FlexibleArgumentParser:
         help="tokens of an answer whose request names no limit (default: the model's own "
         "max_new_tokens, or as many as its trained context; 0: no end)",
     )
+    add_session_flags(parser)
     parser = make_arg_parser(parser)
     parser.set_defaults(model=None)
     parser.set_defaults(middleware=[answers.NAME])
+    parser.set_defaults(enable_prompt_tokens_details=True)
     return parser
+
+
+def add_session_flags(parser: FlexibleArgumentParser) -> None:
+    group = parser.add_argument_group("Sessions", "Conversations that the server keeps.")
+    group.add_argument(
+        "--session-store",
+        help="sqlite:PATH, redis://..., rediss://..., unix://..., or none: no sessions (default: "
+        "sqlite, in a folder of the user's)",
+    )
+    group.add_argument(
+        "--session-ttl", type=positive, help="seconds without a turn, after which one is deleted"
+    )
+    group.add_argument("--session-limit", type=positive, help="sessions of an API key")
+    group.add_argument(
+        "--session-bytes-limit", type=positive, help="stored for the sessions of an API key"
+    )
+    group.add_argument(
+        "--session-turn-limit",
+        type=positive,
+        help="tokens that a turn reads and generates (default 131072)",
+        default=2**17,
+    )
+    group.add_argument(
+        "--session-turns-limit",
+        type=positive,
+        help="turns under way at once in an API server, waiting ones included",
+    )
+    group.add_argument(
+        "--session-isolation",
+        action="store_true",
+        help="sessions of different API keys share nothing in the prefix cache",
+    )
 
 
 def natural(text: str) -> int:
     """An argument's type: an integer that is not negative."""
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text}: accepted is an integer from 0 on")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An argument's type: an integer above 0."""
+    if not text.isdecimal() or not int(text):
+        raise ArgumentTypeError(f"{text}: accepted is an integer from 1 on")
     return int(text)
 
 

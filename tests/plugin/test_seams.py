@@ -51,6 +51,8 @@ REQUEST = "vllm.v1.request:Request"
 STATE = "vllm.v1.engine.output_processor:RequestState"
 DETOKENIZER = "vllm.v1.engine.detokenizer"
 CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+COMPLETION = "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion"
+ENDPOINTS = "vllm.plugins.endpoint_plugins.interface"
 WARNING = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 ROTARY = "vllm.model_executor.layers.rotary_embedding"
 # Where it is defined: the name in the package is the one we replace.
@@ -180,6 +182,32 @@ PARAMETERS = {
     f"{MODEL_CONFIG}.get_sliding_window": "self",
     # plugin/cpu_worker.py
     "vllm.v1.worker.cpu_worker:CPUWorker.sample_tokens": "self grammar_output",
+    # plugin/residency.py, sessions/engine.py, sessions/handlers.py, sessions/routes.py
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.find_longest_cache_hit": "self "
+    "block_hashes max_cache_hit_length",
+    "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async": "self method args",
+    "vllm.engine.protocol:EngineClient.generate": "self prompt sampling_params request_id "
+    "prompt_text lora_request tokenization_kwargs trace_headers priority data_parallel_rank "
+    "session_id kv_hints reasoning_ended reasoning_parser_kwargs",
+    "vllm.outputs:RequestOutput.add": "self next_output aggregate",
+    "vllm.exceptions:GenerationError": "message",
+    f"{CHAT}.create_chat_completion": "self request raw_request",
+    f"{CHAT}.render_chat_request": "self request",
+    f"{CHAT}._effective_chat_template_kwargs": "self request",
+    f"{CHAT}._make_parser": "self request tokenizer chat_template_kwargs",
+    f"{CHAT}._get_session_id": "request raw_request",
+    f"{COMPLETION}.create_completion": "self request raw_request",
+    f"{COMPLETION}.render_completion_request": "self request",
+    "vllm.entrypoints.serve.utils.tool_calls_utils:maybe_filter_parallel_tool_calls": "item "
+    "request",
+    "vllm.parser.abstract_parser:Parser.is_reasoning_end": "self input_ids",
+    "vllm.parser.abstract_parser:Parser.parse": "self model_output request enable_auto_tools "
+    "model_output_token_ids",
+    "vllm.renderers.online_renderer:OnlineRenderer.render_chat": "self request skip_mm_cache",
+    "vllm.renderers.chat_utils:has_non_text_content": "messages",
+    f"{ENDPOINTS}:EndpointPlugin.attach_router": "self app",
+    f"{ENDPOINTS}:EndpointPlugin.init_state": "self engine_client state args",
+    "vllm.plugins:load_endpoint_plugins": "supported_tasks",
     # serve.py, server/
     f"{ENGINE_ARGS}.from_cli_args": "args",
     f"{ENGINE_ARGS}.create_engine_config": "self usage_context headless",
@@ -244,7 +272,14 @@ HELD = {
     "max_num_seqs scheduler_cls",
     "vllm.config:SpeculativeConfig": "method",
     "vllm.config:KVTransferConfig": "kv_connector",
-    CHAT: "default_sampling_params enable_log_outputs model_config online_renderer",
+    CHAT: "default_sampling_params enable_log_outputs model_config online_renderer engine_client "
+    "enable_auto_tools models parser_cls renderer",
+    COMPLETION: "engine_client models",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "base_model_paths lora_requests",
+    "vllm.v1.engine.core:EngineCore": "request_block_hasher scheduler",
+    "vllm:RequestOutput": "finished num_cache_creation_tokens num_cached_tokens outputs "
+    "prompt_token_ids",
+    "vllm.outputs:CompletionOutput": "finish_reason logprobs stop_reason text token_ids",
     "vllm.renderers.online_renderer:OnlineRenderer": "model_config",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "generators req_ids",
     "vllm.platforms.cpu:CpuPlatform": "is_cpu is_cuda device_name",

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from launch.server import free_port
 from vllm_sink import embedded
@@ -45,13 +45,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose greedy answers do not repeat themselves, with a real tokenizer."""
+    path = tmp_path_factory.mktemp("speaker") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=128,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(speaker: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(speaker)
+
+
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """As in a fresh process, and put back: what other tests set, and what the command line sets."""
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     monkeypatch.setenv("PYTHONWARNINGS", "")
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    # Set before it is taken away, so that it is taken away again after a test that sets it.
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     yield
     logging.disable(logging.NOTSET)
 
@@ -78,7 +108,7 @@ def started(command: list[str], folder: Path) -> Iterator[Server]:
     with log.open("w") as out:
         process = psutil.Popen(
             [*command, f"--port={port}", "--host=127.0.0.1"],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "XDG_STATE_HOME": str(folder)},
             stdout=out,
             stderr=subprocess.STDOUT,
         )

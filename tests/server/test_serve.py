@@ -39,6 +39,11 @@ MODULE = [sys.executable, "-m", "vllm_sink.serve"]
         (["--kv-cache-dtype", "fp8"], r"error: kv_cache_dtype=fp8: .*; accepted is auto$"),
         (["--sink-policy", "other"], r"error: argument --sink-policy: invalid choice: 'other' .*$"),
         (["--default-max-tokens", "-1"], r"error: argument --default-max-tokens: -1: accepted .*$"),
+        (["--session-limit", "0"], r"error: argument --session-limit: 0: accepted .* from 1 on$"),
+        (
+            ["--session-store", "mysql:x"],
+            r"error: --session-store is 'mysql:x'; accepted are sqlite:PATH, redis://.*$",
+        ),
         (["--sink-tokens", "four"], r"error: argument --sink-tokens: invalid int value: 'four'$"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -3,6 +3,7 @@
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_sink.plugin import residency
 from vllm_sink.plugin.admission import Admitting
 from vllm_sink.plugin.compaction import Compacting
 
@@ -13,3 +14,6 @@ class SinkScheduler(Compacting, Admitting, Scheduler):
 
 class AsyncSinkScheduler(Compacting, Admitting, AsyncScheduler):
     pass
+
+
+residency.register()
