@@ -1,7 +1,8 @@
-"""What `/metrics` of a real server tells of its streams, and the dashboard that shows it."""
+"""What `/metrics` of a real server tells of its streams, and who shows it: dashboard and view."""
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         "max-num-seqs": 4,
         "block-size": 32,
         "kv-cache-memory-bytes": 2**26,
+        "session-store": f"sqlite:{tmp_path_factory.mktemp('store') / 'sessions.sqlite'}",
     }
     command = [sys.executable, "-m", "vllm_sink.serve", "--enforce-eager"]
     command += [f"--{flag}={value}" for flag, value in flags.items()]
@@ -145,12 +147,19 @@ def test_what_the_dashboard_shows_is_there(before: Metrics, name: str) -> None:
 def test_labels_are_those_of_vllms(before: Metrics) -> None:
     stock = before.labels("vllm:num_requests_running")
     assert stock == {("model_name", MODEL), ("engine", "0")}
+    front_end = {("model_name", MODEL)}
     ours = {sample.name for sample in before.samples if sample.name.startswith("vllm_sink:")}
-    own = {"vllm_sink:streams": {"state"}, "vllm_sink:stream_position_bucket": {"le"}}
+    own = {
+        "vllm_sink:streams": {"state"},
+        "vllm_sink:stream_position_bucket": {"le"},
+        "vllm_sink:session_refusals_total": {"status"},
+        "vllm_sink:session_refusals_created": {"status"},
+        "vllm_sink:session_commit_seconds_bucket": {"le"},
+    }
     for name in ours:
-        labels = before.labels(name)
-        assert stock <= labels
-        assert {label for label, _ in labels - stock} == own.get(name, set())
+        labels, common = before.labels(name), front_end if "session_" in name else stock
+        assert common <= labels
+        assert {label for label, _ in labels - common} == own.get(name, set())
 
 
 @pytest.mark.slow
@@ -232,3 +241,42 @@ def test_the_log_has_no_word_of_it(server: Server) -> None:
     served(server, prompt=20, tokens=400)
     wait_for(lambda: "Avg generation throughput" in server.log.read_text(), timeout=30)
     assert "KV fetch" not in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_the_view_shows_it(server: Server) -> None:
+    """Not in a terminal: once. Two turns of a session, and one that is refused."""
+    for id in ("talk", "talk", "no id"):
+        httpx.post(**server.request(model=MODEL, prompt="Hello", max_tokens=20, session_id=id))
+    served(server, prompt=20, tokens=400)
+    wait_for(lambda: is_idle(Metrics(server)), timeout=30)
+    text, metrics = view(server), Metrics(server)
+    assert f"{server.url}  model {MODEL}  engines 1\n" in text
+    assert "decoding 0  reading 0  waiting 0  preempted 0" in text
+    assert re.search(r"held 0 of [0-9,]{3,}", text)
+    assert "generated 0.0/s" in text
+    hits, queries = (metrics.value(f"vllm:prefix_cache_{of}_total") for of in ("hits", "queries"))
+    assert f"since the start {hits / queries:.1%}" in text
+    for name in ("turns", "hits", "misses", "conflicts", "refusals"):
+        assert f"{name} {metrics.value(f'vllm_sink:session_{name}_total')}" in text
+    assert metrics.value("vllm_sink:session_turns_total") == 2
+    assert "refusals 1 (400: 1)" in text
+
+
+@pytest.mark.slow
+def test_the_view_shows_a_stream_as_it_runs(server: Server) -> None:
+    body: dict[str, Any] = {"prompt": [1] * 20, "max_tokens": 10**6, "stream": True}
+    with httpx.stream("POST", **server.request(model=MODEL, **body)) as response:
+        lines = response.iter_lines()  # without it, the client would hang up
+        next(lines)
+        text = view(server)
+    assert "decoding 1 " in text
+    assert re.search(r"positions +up to [0-9,]+ +1 +━", text)
+    assert float(re.findall(r"generated ([0-9.,]+)/s", text)[0].replace(",", "")) > 0
+    assert 1 <= int(re.findall(r"held (\d+) of", text)[0]) <= BOUND
+    wait_for(lambda: is_idle(Metrics(server)), timeout=30)
+
+
+def view(server: Server) -> str:
+    command = [sys.executable, "-m", "vllm_sink.top", f"{server.url}/v1"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
