@@ -1,7 +1,8 @@
-"""`make demo`: streams that pass window and `max_model_len`, in a KV cache that does not grow.
+"""`make demo`: streams that never end in a KV cache that does not grow, and a durable conversation.
 
-Starts the server on the embedded model, lets several clients stream from it at once, shows how far
-each has come and how many KV blocks they hold, and stops the server again, however it ends.
+Starts the server on the embedded model, lets several clients stream from it at once, past window
+and `max_model_len`, and shows how far each has come and how many KV blocks they hold. Then kills it
+in the middle of a conversation, goes on with that on another one, and stops it, however it ends.
 """
 
 import argparse
@@ -9,9 +10,11 @@ import asyncio
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from openai import AsyncOpenAI, OpenAIError
@@ -23,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launch.book import book
+from launch.conversation import ASKED, READ, TOLD, Conversation
 from launch.server import REFRESH_SECONDS, Server, ServerLostError, free_port, serving
 from vllm_sink import embedded
 from vllm_sink.geometry import Geometry, cdiv
@@ -36,6 +40,8 @@ PASSAGE_CHARACTERS = 1200
 LONGEST_PROMPT = 512
 """In tokens: more than a passage and the chat template around it ever take."""
 LINE_SECONDS = 5
+PASSAGES_READ = 3
+"""In the conversation: more than its window."""
 
 console = Console()
 
@@ -166,13 +172,14 @@ class Run:
         )
 
 
-def server_command(model: Path, options: argparse.Namespace, port: int) -> list[str]:
+def server_command(model: Path, options: argparse.Namespace, port: int, store: Path) -> list[str]:
     settings = {
         "sink-tokens": SINK_TOKENS,
         "window-tokens": options.window,
         "max-model-len": options.length,
         "served-model-name": MODEL,
         "max-num-seqs": options.clients,
+        "session-store": f"sqlite:{store}",
         "host": "127.0.0.1",
         "port": port,
     }
@@ -235,20 +242,43 @@ async def demo(options: argparse.Namespace, model: Path) -> None:
     assert task is not None
     for interruption in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(interruption, task.cancel)
+    with TemporaryDirectory() as folder:
+        store = Path(folder, "sessions.sqlite")
+        conversation = Conversation(MODEL, console)
+        async with started(model, options, store) as server:
+            await stream(server, options)
+            console.print("\nA conversation of one session, whose client sends new messages alone:")
+            for passage in passages(PASSAGES_READ):
+                await conversation.say(server, READ + passage)
+            await conversation.say(server, TOLD)
+            server.group.kill()
+        console.print("The server was killed.")
+        async with started(model, options, store) as server:
+            await conversation.say(server, ASKED)
+            console.print(await conversation.state(server), highlight=False)
+
+
+@asynccontextmanager
+async def started(model: Path, options: argparse.Namespace, store: Path) -> AsyncIterator[Server]:
     port = free_port()
-    with serving(server_command(model, options, port), port) as server:
+    with serving(server_command(model, options, port, store), port) as server:
         console.print(f"Starting the server (port {port}, about a minute) ...")
         with console.status("loading the model"):
             await server.ready()
-        streams = [
-            Stream(f"{i}", [{"role": "user", "content": INSTRUCTION + passage}])
-            for i, passage in enumerate(passages(options.clients), 1)
-        ]
-        run = Run(streams, Geometry(SINK_TOKENS, options.window), options.tokens, options.length)
-        await asyncio.gather(
-            show(run, server),
-            *(stream_tokens(stream, server, options.tokens) for stream in streams),
-        )
+        yield server
+
+
+async def stream(server: Server, options: argparse.Namespace) -> None:
+    """Stream to all clients, until the last of them is done."""
+    streams = [
+        Stream(f"{i}", [{"role": "user", "content": INSTRUCTION + passage}])
+        for i, passage in enumerate(passages(options.clients), 1)
+    ]
+    run = Run(streams, Geometry(SINK_TOKENS, options.window), options.tokens, options.length)
+    await asyncio.gather(
+        show(run, server),
+        *(stream_tokens(stream, server, options.tokens) for stream in streams),
+    )
     console.print(run.table())
 
 

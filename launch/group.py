@@ -19,6 +19,11 @@ class Group:
     """What all of them write."""
     grace_seconds: float
 
+    def kill(self) -> None:
+        """As a machine does that loses power."""
+        os.killpg(self.leader.pid, signal.SIGKILL)
+        self.leader.wait()
+
     def stop(self) -> None:
         """Ask the whole group to end, then kill what is left of it. Not interruptible."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -120,10 +120,11 @@ def test_a_length_the_prompt_fills_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_server_is_told_what_was_asked_for() -> None:
-    command = " ".join(server_command(Path("model"), parse(["--window", "252"]), 8123))
+    command = " ".join(server_command(Path("model"), parse(["--window", "252"]), 8123, Path("a.b")))
     assert "--sink-tokens 4 --window-tokens 252" in command
     assert "--port 8123" in command
     assert "--max-model-len 1024" in command
+    assert "--session-store sqlite:a.b" in command
 
 
 @pytest.mark.slow
@@ -135,6 +136,11 @@ def test_streams_pass_window_and_length_in_bounded_memory() -> None:
     assert 0 < float(most) <= int(bound)
     assert finished.stdout.count("1,100") >= 2
     assert "max_model_len 1,024, at which 2 times" in finished.stdout
+    before, after = finished.stdout.split("The server was killed.")
+    for said in (before, after):
+        assert re.search(r"model: .*4711", said)
+    (position,) = re.findall(r"5 turns, ([\d,]+) tokens", after)
+    assert int(position.replace(",", "")) > 3 * 256
 
 
 @pytest.mark.slow
