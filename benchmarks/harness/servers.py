@@ -101,7 +101,7 @@ def llamacpp(shape: Shape, port: int) -> list[str]:
 
 
 def _ours(shape: Shape, port: int) -> list[str]:
-    return [*OURS, *_vllm(shape, port)]
+    return [*OURS, "--session-store=none", *_vllm(shape, port)]
 
 
 def _vllm(shape: Shape, port: int) -> list[str]:
