@@ -30,7 +30,7 @@ from vllm_sink.sessions.stores import opened
 
 MODEL = {"num_hidden_layers": 1, "vocab_size": 49_152, "max_position_embeddings": 1024}
 """Tiny, with the vocabulary of the text."""
-AT_ONCE = 64
+AT_ONCE = 32
 """Sessions on their way to Redis."""
 QUESTION = [1] * 50
 MIB = 2**20
@@ -98,8 +98,8 @@ def served(plan: Plan, count: int, target: Target) -> dict[str, Any]:
         lists = [timed(partial(list_after, client, id)) for id in names]
     assert target.process is not None
     return {
-        "front_end_mib": pss([target.process]),
-        "engine_mib": pss(target.process.children(recursive=True)),
+        "front_end_mib": private([target.process]),
+        "engine_mib": private(target.process.children(recursive=True)),
         "turn_first_ms": results.spread(first, 2),
         "get_sessions_ms": results.spread(lists, 2),
     }
@@ -116,9 +116,9 @@ def timed(call: Callable[[], None]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def pss(processes: list[psutil.Process]) -> float:
-    """MiB; pages that processes share count once."""
-    return round(sum(process.memory_full_info().pss for process in processes) / MIB, 1)
+def private(processes: list[psutil.Process]) -> float:
+    """MiB of pages that no other process has (USS): who else shares the others comes and goes."""
+    return round(sum(process.memory_full_info().uss for process in processes) / MIB, 1)
 
 
 def in_redis(plan: Plan, count: int, text: list[int], folder: Path) -> dict[str, Any]:
