@@ -22,6 +22,7 @@ NAMES = (
     "perplexity",
     "position",
     "recompute",
+    "sessions",
     "speed",
     "streameval",
     "throughput",

@@ -1,7 +1,7 @@
 """A picture of each benchmark's figures."""
 
 from collections.abc import Callable, Collection
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -27,6 +27,8 @@ STYLES: dict[str, Style] = {
     "recompute": {"color": "C3", "marker": "v", "ms": 5},
     "sink-4-stream-positions": {"color": "C3", "ls": ":", "marker": "x", "ms": 5},
     "llamacpp": {"color": "C4", "ls": "-.", "marker": "*", "ms": 7},
+    "session": {**OURS, "ms": 7},
+    "session-all": {"color": "C1", "marker": "s", "ms": 3},
 }
 PROCESSES: dict[str, Style] = {
     "engine": {"color": "C0", "label": "engine"},
@@ -147,6 +149,25 @@ def throughput(figure: Figure, record: Record) -> None:
     legend(figure, rate)
 
 
+def sessions(figure: Figure, record: Record) -> None:
+    turns, places = figure.subplots(1, 2, width_ratios=(3, 2))
+    for arm, seen in record["histories"]["arms"].items():
+        firsts = [turn["first_ms"] / 1000 for turn in seen["turns"]]
+        turns.plot(range(1, len(firsts) + 1), firsts, label=names.of(arm), **STYLES[arm])
+    turns.set(xlabel="turn of a conversation", ylabel="seconds to the first token", yscale="log")
+    plain(turns.yaxis)
+    rows = record["position"]
+    kinds = [f"{row['kind']}\n{row['buffered']:,}" for row in rows]
+    for index, position in enumerate(record["setup"]["position"]["positions"]):
+        medians = [row["places"][index]["first_ms"]["median"] for row in rows]
+        at = [place + (index - 0.5) * 0.4 for place in range(len(rows))]
+        places.bar(at, medians, 0.4, color=f"C{index + 7}", label=f"position {position:,}")
+    places.set_xticks(range(len(rows)), kinds)
+    places.set(xlabel="found cached or not; tokens held", ylabel="ms to the first, tiny model")
+    figure.suptitle("A turn's first token: by the length of its history, and far down a session")
+    legend(figure, turns, places)
+
+
 def capacity(figure: Figure, record: Record) -> None:
     axes = figure.subplots()
     held = {f"{names.of('sink')},\nany length": record["sink"]["streaming"]}
@@ -205,14 +226,15 @@ def plain(axis: Axis, measured: Collection[float] = ()) -> None:
     axis.set_major_formatter("{x:,.10g}")
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, *axes: Axes) -> None:
     """Below, where it hides nothing."""
-    lines, labels = axes.get_legend_handles_labels()
+    both = [one.get_legend_handles_labels() for one in axes]
+    lines, labels = ([*chain(*parts)] for parts in zip(*both, strict=True))
     figure.legend(
         lines,
         labels,
         loc="outside lower center",
-        ncols=len(labels),
+        ncols=-(-len(labels) // len(axes)),
         columnspacing=1.2,
         frameon=False,
     )
@@ -226,5 +248,6 @@ DRAW: dict[str, Callable[[Figure, Record], None]] = {
     "endless": endless,
     "throughput": throughput,
     "capacity": capacity,
+    "sessions": sessions,
     "streameval": streameval,
 }

@@ -68,3 +68,27 @@ def test_the_ratio_of_all_compactions_lies_in_its_band() -> None:
     assert [[*each.get_xdata()], [*each.get_ydata()]] == [[16, 24], [0.9, 1.1]]
     assert set(every.get_ydata()) == {0.99}
     assert band.get_extents().height > 0
+
+
+def test_conversations_end_where_a_server_refuses_and_places_stand_side_by_side() -> None:
+    def place(median: float) -> dict[str, Any]:
+        return {"first_ms": {"median": median}}
+
+    def arm(*first_ms: float) -> dict[str, Any]:
+        return {"turns": [{"first_ms": each} for each in first_ms]}
+
+    record = {
+        "setup": {"position": {"positions": [10, 2000]}},
+        "histories": {"arms": {"session": arm(900, 800, 900), "dense": arm(1000, 2000)}},
+        "position": [{"kind": "hit", "buffered": 1024, "places": [place(3.0), place(4.0)]}],
+    }
+    figure = Figure()
+    plots.sessions(figure, record)
+    figure.canvas.draw()
+    turns, places = figure.axes
+    lines, labels = turns.get_legend_handles_labels()
+    assert labels == ["session, new messages alone", "stock vLLM"]
+    assert [[*line.get_xdata()] for line in lines] == [[1, 2, 3], [1, 2]]
+    assert [bar.get_height() for bar in places.patches] == [3.0, 4.0]
+    assert [tick.get_text() for tick in places.get_xticklabels()] == ["hit\n1,024"]
+    assert places.get_legend_handles_labels()[1] == ["position 10", "position 2,000"]
