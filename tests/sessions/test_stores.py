@@ -538,6 +538,23 @@ def test_a_row_that_redis_forgot_is_not_listed(
     assert run(redis.usage("")).sessions == 2
 
 
+def test_calls_take_turns_at_a_connection(redis_server: RedisServer, run: Run) -> None:
+    store = RedisStore(f"{redis_server.address}?max_connections=1")
+    order: list[int] = []
+
+    async def ask(task: int) -> None:
+        for _ in range(20):
+            await store.usage("")
+            order.append(task)
+
+    async def both() -> None:
+        await asyncio.gather(ask(0), ask(1))
+        await store.close()
+
+    run(both())
+    assert 8 <= sum(order[:20]) <= 12, order
+
+
 def test_scripts_that_redis_forgot(redis: RedisStore, redis_server: RedisServer, run: Run) -> None:
     run(redis.put(session(), None))
     redis_server.client.script_flush()

@@ -134,6 +134,8 @@ class RedisStore:
         except TypeError as error:
             raise ValueError("it has an option that is unknown") from error
         self._redis = Redis.from_pool(pool)
+        # The pool would give what is freed to whoever asks then, not to those who wait for it.
+        self._free = asyncio.Semaphore(pool.max_connections)
         self._ttl = ttl
         self._clock = clock
         self._put, self._delete, self._list, self._usage = map(
@@ -143,7 +145,7 @@ class RedisStore:
     async def get(self, owner: str, id: str) -> Session | None:
         fields = ["used", "head", "body", "checksum"]
         key = f"{owner_key(owner)}:session:{id}"
-        used, head, body, checksum = await self._ask(self._redis.hmget(key, fields))
+        used, head, body, checksum = await self._ask(self._redis.hmget, key, fields)
         if used is None or float(used) < self._oldest():
             return None
         return Session.decode(id, Row(head, body, int(checksum)))
@@ -164,28 +166,28 @@ class RedisStore:
             before.turn if before else "",
             before.birth if before else "",
         )
-        birth = await self._ask(self._put([owner_key(session.owner)], arguments))
+        birth = await self._ask(self._put, [owner_key(session.owner)], arguments)
         if birth is not None:
             raise conflict(session.id, before, birth.decode() or None)
 
     async def delete(self, owner: str, id: str) -> bool:
-        return bool(await self._ask(self._delete([owner_key(owner)], (self._oldest(), id))))
+        return bool(await self._ask(self._delete, [owner_key(owner)], (self._oldest(), id)))
 
     async def list(self, owner: str, after: str, limit: int) -> list[Head]:
         arguments = (self._oldest(), after, limit)
-        found = await self._ask(self._list([owner_key(owner)], arguments))
+        found = await self._ask(self._list, [owner_key(owner)], arguments)
         return [decode_head(id.decode(), head) for id, head in found]
 
     async def usage(self, owner: str) -> Usage:
-        return Usage(*await self._ask(self._usage([owner_key(owner)], (self._oldest(),))))
+        return Usage(*await self._ask(self._usage, [owner_key(owner)], (self._oldest(),)))
 
     async def close(self) -> None:
         await self._redis.aclose()
 
-    async def _ask(self, answer: Awaitable[Any]) -> Any:
+    async def _ask(self, call: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
         try:
-            async with asyncio.timeout(PATIENCE):
-                return await answer
+            async with asyncio.timeout(PATIENCE), self._free:
+                return await call(*arguments)
         except (RedisError, builtins.TimeoutError) as error:
             (cause, *_) = (CAUSES[kind] for kind in CAUSES if isinstance(error, kind))
             raise StoreError(f"the session store {cause}") from error
