@@ -26,7 +26,7 @@ from .conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 CLIENTS = 12
 TOKENS = 5
 """Of each answer."""
