@@ -26,8 +26,17 @@ CONTEXT = 256
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 3 million weights, with the embedded model's tokenizer."""
-    path = tmp_path_factory.mktemp("served") / "tiny"
+    return llama(tmp_path_factory.mktemp("served") / "tiny", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose greedy answers do not repeat themselves."""
+    return llama(tmp_path_factory.mktemp("speaker") / "tiny", initializer_range=0.3)
+
+
+def llama(path: Path, **changes: Any) -> Path:
+    """A random Llama of a few million weights, with the embedded model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(embedded.path())
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
@@ -39,28 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=128,
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose greedy answers do not repeat themselves, with a real tokenizer."""
-    path = tmp_path_factory.mktemp("speaker") / "tiny"
-    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=128,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        initializer_range=0.3,
+        **changes,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
