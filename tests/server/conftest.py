@@ -22,6 +22,8 @@ from launch.server import free_port
 from vllm_sink import embedded
 
 CONTEXT = 256
+NO_TLS = False
+"""For httpx's `verify`: reading the certificates of all authorities takes 30 ms a request."""
 
 
 @pytest.fixture(scope="session")
@@ -81,22 +83,24 @@ class Server:
     log: Path
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", verify=NO_TLS).text
         return sum(float(v) for v in re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE))
 
     def request(self, **body: Any) -> dict[str, Any]:
         defaults = {"ignore_eos": True, "temperature": 0.0}
-        return {"url": f"{self.url}/v1/completions", "json": defaults | body, "timeout": 240}
+        asked = {"url": f"{self.url}/v1/completions", "json": defaults | body}
+        return asked | {"timeout": 240, "verify": NO_TLS}
 
 
 @contextmanager
-def started(command: list[str], folder: Path) -> Iterator[Server]:
+def started(command: list[str], folder: Path, multiprocessing: bool = True) -> Iterator[Server]:
     """A server that answers, on a port of its own and with a log in `folder`, until the end."""
     log, port = folder / "server.log", free_port()
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(multiprocessing))}
     with log.open("w") as out:
         process = psutil.Popen(
             [*command, f"--port={port}", "--host=127.0.0.1"],
-            env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "XDG_STATE_HOME": str(folder)},
+            env=os.environ | {"XDG_STATE_HOME": str(folder)} | variables,
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -113,7 +117,7 @@ def started(command: list[str], folder: Path) -> Iterator[Server]:
 
 def is_up(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health").status_code == 200
+        return httpx.get(f"{url}/health", verify=NO_TLS).status_code == 200
     except httpx.TransportError:
         return False
 
