@@ -156,6 +156,7 @@ def test_one_turn_at_a_time(server: Server, id: str, stream: bool) -> None:
         refused = post(server, "chat/completions", **chat(id, "Meanwhile"))
         assert refused.status_code == 409
         assert "under way" in refused.text
+        assert refused.headers["Retry-After"] == "1"
         assert running.result().status_code == 200
     assert get(server, f"sessions/{id}").json()["turns"] == 2
     ask(server, id, "Afterwards")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from vllm_sink.buffer import Buffer
-from vllm_sink.sessions.errors import ConflictError, LimitError, SessionError
+from vllm_sink.sessions.errors import BusyError, ConflictError, LimitError, SessionError
 from vllm_sink.sessions.session import Answer, Session
 from vllm_sink.sessions.store import Store
 from vllm_sink.sessions.stores import opened
@@ -98,7 +98,7 @@ def test_a_turn_that_breaks_off_leaves_nothing(store: Store, run: Run) -> None:
 def test_one_turn_at_a_time(store: Store, run: Run) -> None:
     alone = turns(store)
     turn = run(alone.begin(ASKED))
-    assert "under way" in refused(run, alone.begin(ASKED), ConflictError)
+    assert "under way" in refused(run, alone.begin(ASKED), BusyError)
     others = [replace(ASKED, id="b"), replace(ASKED, owner="they")]
     for other in others:
         run(alone.begin(other))
@@ -325,7 +325,7 @@ def test_a_fork_goes_on_alone(store: Store, run: Run) -> None:
     assert run(store.get("me", "a")) == first
     assert refused(run, alone.fork(first, "b"), ConflictError) == "session 'b' exists already"
     run(alone.begin(replace(ASKED, id="c")))
-    assert "under way" in refused(run, alone.fork(first, "c"), ConflictError)
+    assert "under way" in refused(run, alone.fork(first, "c"), BusyError)
     refused(run, alone.fork(first, "b/c"), SessionError)
     assert [*alone.under_way] == [("me", "c")]
 
@@ -411,7 +411,7 @@ class Lives(RuleBasedStateMachine):
         there = self.there(id)
         keys = there.keys if there and key else ()
         if (of, id) in self.begun:
-            assert "under way" in refused(self.run, call, ConflictError)
+            assert "under way" in refused(self.run, call, BusyError)
         elif key in keys[:-1]:
             assert "not kept any more" in refused(self.run, call, ConflictError)
         else:
@@ -466,7 +466,10 @@ class Lives(RuleBasedStateMachine):
             return
         session = self.run(self.processes[of].store.get("me", id))
         call = self.processes[of].fork(session, to)
-        if (of, to) in self.begun or self.there(to):
+        if (of, to) in self.begun:
+            refused(self.run, call, BusyError)
+            return
+        if self.there(to):
             refused(self.run, call, ConflictError)
             return
         birth = self.run(call).birth

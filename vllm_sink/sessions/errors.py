@@ -24,6 +24,12 @@ class ConflictError(SessionError):
     status = HTTPStatus.CONFLICT
 
 
+class BusyError(ConflictError):
+    """Another turn of the session is under way."""
+
+    retry_after = 1
+
+
 class LimitError(SessionError):
     status = HTTPStatus.TOO_MANY_REQUESTS
     retry_after = 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_sink.buffer import Buffer
-from vllm_sink.sessions.errors import ConflictError, LimitError, SessionError
+from vllm_sink.sessions.errors import BusyError, ConflictError, LimitError, SessionError
 from vllm_sink.sessions.history import History, Message, called
 from vllm_sink.sessions.session import Answer, Api, Session, new_birth
 from vllm_sink.sessions.store import Store
@@ -175,7 +175,7 @@ class Turns:
         check_id(asked.id)
         place = asked.owner, asked.id
         if place in self.under_way:
-            raise ConflictError(f"a turn of session {asked.id!r} is under way; one at a time")
+            raise BusyError(f"a turn of session {asked.id!r} is under way; one at a time")
         if self.limits.turns is not None and len(self.under_way) >= self.limits.turns:
             raise LimitError(
                 f"{len(self.under_way)} turns of sessions are under way; accepted are "
