@@ -19,7 +19,7 @@ INTERPRETED := tests/attention $(addprefix tests/,benchmarks/test_attention.py e
 COMPILE = $(BIN)/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
-.PHONY: install venvs demo serve check test test-fast gpu-check lock clean
+.PHONY: install venvs demo ray-demo serve check test test-fast gpu-check lock clean
 
 install: .venv/.installed
 
@@ -38,6 +38,10 @@ demo: install
 	$(BIN)/python -m launch.demo \
 		$(if $(CLIENTS),--clients $(CLIENTS)) $(if $(TOKENS),--tokens $(TOKENS)) \
 		$(if $(WINDOW),--window $(WINDOW))
+
+# Two replicas on this machine, one of which is killed.
+ray-demo: install
+	$(BIN)/python -m launch.ray_demo
 
 serve: install
 	$(BIN)/python -m vllm_sink.serve $(ARGS)

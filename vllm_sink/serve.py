@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from typing import get_args
 
@@ -27,6 +27,12 @@ except ModuleNotFoundError:  # vLLM 0.32
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 PROGRAM = "python -m vllm_sink.serve"
+ENVIRONMENT = {
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    # As `vllm serve` sets it: `fork` does not go with some accelerators.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+"""Of all processes, where the user does not say otherwise."""
 
 
 def is_no_false_alarm(record: logging.LogRecord) -> bool:
@@ -40,18 +46,14 @@ logging.getLogger("vllm.config.model").addFilter(is_no_false_alarm)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted; exit with status 2 and one sentence on settings that cannot work."""
-    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    # As `vllm serve` sets it: `fork` does not go with some accelerators.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ |= ENVIRONMENT | os.environ
     # After a failed start Python's tracker cleans up behind vLLM, and would have the last word.
     ignored = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, ignored))
     refusal = None
     try:
         with passed_on():
-            presence.require()
-            args = make_parser().parse_args(arguments)
-            fill_in(args)
+            args = completed(arguments)
             sessions.prepare(args)
             ServeSubcommand().validate(args)
             ServeSubcommand.cmd(args)
@@ -63,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.collect()
         print(f"{PROGRAM}: error: {refusal}", file=sys.stderr)
         sys.exit(2)
+
+
+def completed(arguments: Sequence[str] | None) -> Namespace:
+    """What the server goes by, on this machine; raises `SettingsError`, one sentence."""
+    presence.require()
+    args = make_parser().parse_args(arguments)
+    fill_in(args)
+    return args
 
 
 def make_parser() -> FlexibleArgumentParser:

@@ -10,6 +10,7 @@ from vllm import envs
 from vllm.plugins import ENDPOINT_PLUGINS_GROUP
 
 from vllm_sink.sessions import stores
+from vllm_sink.sessions.errors import SessionError
 from vllm_sink.sessions.routes import NAME
 from vllm_sink.settings import SettingsError
 
@@ -33,6 +34,20 @@ def prepare(args: Namespace) -> None:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     allow_endpoints()
+
+
+async def require_store(args: Namespace) -> None:
+    """Raises `SettingsError`, one sentence, if the store that `args` name does not answer."""
+    if args.session_store in (None, NO_STORE):
+        return
+    try:
+        store = stores.opened(args.session_store, args.session_ttl)
+        try:
+            await store.usage("")
+        finally:
+            await store.close()
+    except (ValueError, SessionError) as error:
+        raise SettingsError(f"session_store: {error}") from None
 
 
 def default_path() -> Path:

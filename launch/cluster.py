@@ -1,0 +1,86 @@
+"""A Ray of its own, on this machine's loopback address, and the application on it."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from launch.app import Settings, parse
+from vllm_sink.settings import SettingsError
+
+HOST = "127.0.0.1"
+POLL_SECONDS = 0.5
+END_SECONDS = 15
+"""For processes of Ray that end by themselves, once they notice that it is gone."""
+TOLD = re.compile(r"SettingsError: (.+)")
+"""In the traceback of a replica that does not start."""
+
+
+@contextmanager
+def ray_of_its_own(port: int) -> Iterator[None]:
+    """With Ray Serve at `port`. Its processes end with it, and its files are gone then."""
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with TemporaryDirectory(prefix="vllm-sink-") as folder:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            _temp_dir=folder,
+            _node_ip_address=HOST,
+            runtime_env={"env_vars": environment},
+        )
+        try:
+            serve.start(http_options={"host": HOST, "port": port})
+            yield
+        finally:
+            family = psutil.Process().children(recursive=True)
+            # Not `serve.shutdown`, which would wait for turns.
+            ray.shutdown()
+            _, left = psutil.wait_procs(family, timeout=END_SECONDS)
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def deploy(config: dict[str, Any]) -> None:
+    """As `serve deploy` does, whose way is by a dashboard. Returns when requests are taken.
+
+    `config` is a file of Ray Serve, with one application. What a replica's own processes go by
+    starts them anew; numbers in its `deployments` do not.
+
+    Raises:
+        SettingsError: it cannot be, in one sentence.
+    """
+    read = ServeDeploySchema.model_validate(config)
+    (described,) = read.applications
+    require_resources(parse(described.args))
+    _get_global_client().deploy_apps(read)
+    while True:
+        status = serve.status().applications[described.name]
+        if status.status == ApplicationStatus.RUNNING:
+            return
+        messages = [status.message, *(each.message for each in status.deployments.values())]
+        if told := TOLD.search("\n".join(messages)):
+            raise SettingsError(told[1])
+        if status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise SettingsError(f"Ray could not start it: {' '.join(status.message.split())}")
+        time.sleep(POLL_SECONDS)
+
+
+def require_resources(settings: Settings) -> None:
+    there = ray.cluster_resources()
+    for resource, amount in settings.resources().items():
+        if amount > there.get(resource, 0):
+            raise SettingsError(
+                f"replicas={settings.replicas}: they need {amount:g} {resource} with the ingress, "
+                f"this machine has {there.get(resource, 0):g}"
+            )
