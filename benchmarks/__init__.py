@@ -13,11 +13,13 @@ Speed
 Many streams
     python -m benchmarks.capacity    streams that a KV pool holds
     python -m benchmarks.throughput  concurrent clients over HTTP, against every baseline
+    python -m benchmarks.scale       a million sessions on many replicas, simulated (with Ray)
 
     python -m benchmarks.report      one page of all results
 
 Each prints a table and writes JSON to `benchmarks/results/`; `--quick` only shows that it runs.
-They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`; `attention` calls kernels.
+They use public interfaces alone: HTTP, Prometheus metrics, `vllm.LLM`; `attention` calls kernels,
+`scale` the methods of a router.
 
 Questions import from `texts` and `harness`, `texts` from `harness` alone; `guests` are run by path.
 """

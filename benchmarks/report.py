@@ -22,6 +22,7 @@ NAMES = (
     "perplexity",
     "position",
     "recompute",
+    "scale",
     "sessions",
     "speed",
     "streameval",

@@ -168,6 +168,36 @@ def sessions(figure: Figure, record: Record) -> None:
     legend(figure, turns, places)
 
 
+def scale(figure: Figure, record: Record) -> None:
+    fullest, writes = figure.subplots(1, 2)
+    setup, rows, redis = record["setup"], record["fleets"], record["redis"]
+    replicas = [row["replicas"] for row in rows]
+    for shared, color in (("sessions", "C0"), ("turns", "C1")):
+        for nodes, style in zip(setup["virtual_nodes"], ("-", "--"), strict=False):
+            seen = [row["balance"][str(nodes)][shared]["max"] for row in rows]
+            low, median, high = ([each[name] for each in seen] for name in ("min", "median", "max"))
+            label = f"{shared}, {nodes:,} nodes"
+            fullest.plot(replicas, median, style, color=color, marker=".", label=label)
+            fullest.fill_between(replicas, low, high, alpha=0.12, color=color)
+    pooled = [count * setup["pooled"] / setup["think_s"] for count in replicas]
+    writes.plot(replicas, pooled, color="C2", marker=".", label="all in pools speak")
+    writes.axhline(redis["turns_s"], ls=":", color="black", label="all speak")
+    rates = [row["turns_s"] for row in redis["rows"]]
+    writes.axhspan(min(rates), max(rates), alpha=0.3, color="C3", label="one Redis")
+    decades = [10**power for power in range(5)]
+    for axes in (fullest, writes):
+        axes.set(xlabel="replicas", xscale="log")
+        plain(axes.xaxis, decades)
+    fullest.set(ylabel="the fullest replica over the mean")
+    writes.set(ylabel="turns/s, each a write", yscale="log")
+    plain(writes.yaxis, decades)
+    figure.suptitle(
+        f"Simulated: {setup['sessions']:,} sessions, a turn every {setup['think_s']:g} s; "
+        "shaded: minimum to maximum"
+    )
+    legend(figure, fullest, writes)
+
+
 def capacity(figure: Figure, record: Record) -> None:
     axes = figure.subplots()
     held = {f"{names.of('sink')},\nany length": record["sink"]["streaming"]}
@@ -249,5 +279,6 @@ DRAW: dict[str, Callable[[Figure, Record], None]] = {
     "throughput": throughput,
     "capacity": capacity,
     "sessions": sessions,
+    "scale": scale,
     "streameval": streameval,
 }

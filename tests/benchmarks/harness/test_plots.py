@@ -92,3 +92,24 @@ def test_conversations_end_where_a_server_refuses_and_places_stand_side_by_side(
     assert [bar.get_height() for bar in places.patches] == [3.0, 4.0]
     assert [tick.get_text() for tick in places.get_xticklabels()] == ["hit\n1,024"]
     assert places.get_legend_handles_labels()[1] == ["position 10", "position 2,000"]
+
+
+def test_fleets_stand_beside_what_one_redis_takes() -> None:
+    def fleet(replicas: int, fullest: float) -> dict[str, Any]:
+        over_mean = {"max": {"min": 1.0, "median": fullest, "max": 3.0}}
+        return {
+            "replicas": replicas,
+            "balance": {"100": {"sessions": over_mean, "turns": over_mean}},
+        }
+
+    setup = {"virtual_nodes": [100], "sessions": 5000, "pooled": 30, "think_s": 60}
+    redis = {"turns_s": 80, "rows": [{"turns_s": 4.0}, {"turns_s": 8.0}]}
+    figure = Figure()
+    record = {"setup": setup, "fleets": [fleet(1, 1.0), fleet(10, 1.5)], "redis": redis}
+    plots.scale(figure, record)
+    fullest, writes = figure.axes
+    assert fullest.get_legend_handles_labels()[1] == ["sessions, 100 nodes", "turns, 100 nodes"]
+    assert [[*line.get_ydata()] for line in fullest.lines] == [[1.0, 1.5]] * 2
+    assert [[*line.get_ydata()] for line in writes.lines] == [[0.5, 5.0], [80, 80]]
+    (band,) = writes.patches
+    assert (band.get_y(), band.get_height()) == (4.0, 4.0)
