@@ -1,7 +1,4 @@
-"""The Ray Serve application: replicas of the server, behind an ingress that knows of sessions.
-
-serve run launch/serve.yaml
-"""
+"""The Ray Serve application: replicas of the server, behind an ingress that knows of sessions."""
 
 from argparse import Namespace
 from typing import Any, NoReturn
@@ -96,7 +93,7 @@ def parse(args: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(args)
     except ValidationError as error:
-        raise SettingsError(sentence_of(error)) from None
+        raise SettingsError(sentence_of(error, keys=Settings.model_fields)) from None
 
 
 def build(args: dict[str, Any]) -> Application:

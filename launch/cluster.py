@@ -6,17 +6,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 import ray
+import yaml
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from launch.app import Settings, parse
-from vllm_sink.settings import SettingsError
+from vllm_sink.plugin.refusal import one_line
+from vllm_sink.settings import SettingsError, sentence_of
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.5
@@ -51,19 +54,35 @@ def ray_of_its_own(port: int) -> Iterator[None]:
                     process.kill()
 
 
-def deploy(config: dict[str, Any]) -> None:
+def read(path: Path) -> ServeDeploySchema:
+    """A config file of Ray Serve.
+
+    Raises:
+        SettingsError: it is none, or not of one application.
+    """
+    try:
+        config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {sentence_of(error)}") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(one_line(error)) from None
+    if len(config.applications) != 1:
+        count = len(config.applications)
+        raise SettingsError(f"{path}: it has {count} applications; accepted is one")
+    return config
+
+
+def deploy(config: ServeDeploySchema) -> None:
     """As `serve deploy` does, whose way is by a dashboard. Returns when requests are taken.
 
-    `config` is a file of Ray Serve, with one application. What a replica's own processes go by
-    starts them anew; numbers in its `deployments` do not.
+    What a replica's own processes go by starts them anew; numbers in its `deployments` do not.
 
     Raises:
         SettingsError: it cannot be, in one sentence.
     """
-    read = ServeDeploySchema.model_validate(config)
-    (described,) = read.applications
+    (described,) = config.applications
     require_resources(parse(described.args))
-    _get_global_client().deploy_apps(read)
+    _get_global_client().deploy_apps(config)
     while True:
         status = serve.status().applications[described.name]
         if status.status == ApplicationStatus.RUNNING:
@@ -72,7 +91,7 @@ def deploy(config: dict[str, Any]) -> None:
         if told := TOLD.search("\n".join(messages)):
             raise SettingsError(told[1])
         if status.status == ApplicationStatus.DEPLOY_FAILED:
-            raise SettingsError(f"Ray could not start it: {' '.join(status.message.split())}")
+            raise SettingsError(f"Ray could not start it: {status.message}")
         time.sleep(POLL_SECONDS)
 
 

@@ -2,7 +2,7 @@
 
     python -m launch.local launch/serve.cpu.yaml
 
-SIGHUP makes it read the file anew: more or fewer replicas, say.
+SIGHUP makes it read the file anew: more or fewer replicas, say. What cannot work is not taken up.
 """
 
 import argparse
@@ -10,9 +10,8 @@ import os
 import secrets
 import signal
 import sys
+import threading
 from pathlib import Path
-
-import yaml
 
 from vllm_sink.settings import SettingsError
 
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="in place of the config's")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGHUP, lambda *_: None)
     refusal = None
     try:
         serve(options.config, options.port)
@@ -34,12 +32,12 @@ def main() -> None:
         if error.name != "ray":
             raise
         refusal = "ray is not installed; accepted is pip install 'vllm-sink[ray]'"
-    except (OSError, SettingsError, yaml.YAMLError) as error:
-        refusal = " ".join(str(error).split())
+    except SettingsError as error:
+        refusal = str(error)
     except KeyboardInterrupt:
         pass
     if refusal:
-        print(f"{PROGRAM}: error: {refusal}", file=sys.stderr)
+        tell(refusal)
         sys.exit(2)
 
 
@@ -53,14 +51,24 @@ def serve(config: Path, port: int | None) -> None:
     }
     from launch import cluster
 
-    read = yaml.safe_load(config.read_text("utf-8"))
-    port = port or read["http_options"]["port"]
+    changed = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: changed.set())
+    read = cluster.read(config)
+    port = port or read.http_options.port
     with cluster.ray_of_its_own(port):
+        cluster.deploy(read)
         while True:
-            cluster.deploy(read)
             print(f"Ready at http://{cluster.HOST}:{port}", flush=True)
-            signal.pause()
-            read = yaml.safe_load(config.read_text("utf-8"))
+            changed.wait()
+            changed.clear()
+            try:
+                cluster.deploy(cluster.read(config))
+            except SettingsError as error:
+                tell(str(error))
+
+
+def tell(refusal: str) -> None:
+    print(f"{PROGRAM}: error: {refusal}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

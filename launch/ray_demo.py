@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def talk_all(talks: list[Talk], turns: int, server: Server) -> None:
         with Live(console=console) as live:
             while not all(map(Future.done, under_way)):
                 live.update(table(talks))
-                threading.Event().wait(REFRESH_SECONDS)
+                time.sleep(REFRESH_SECONDS)
             live.update(table(talks))
     try:
         for each in under_way:

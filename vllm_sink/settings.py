@@ -1,5 +1,6 @@
 """What a user sets: the `sink` entry of vLLM's `additional_config`."""
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import (
@@ -88,14 +89,15 @@ class SinkSettings(BaseModel):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise SettingsError(sentence_of(error, "sink")) from None
+            raise SettingsError(sentence_of(error, "sink", keys=cls.model_fields)) from None
 
 
-def sentence_of(error: ValidationError, *section: str) -> str:
-    """The first thing wrong: the setting, below `section`, its value, and what is accepted."""
+def sentence_of(error: ValidationError, *section: str, keys: Collection[str] = ()) -> str:
+    """The first thing wrong: the setting, below `section`, its value, and what is accepted: of
+    names, `keys`."""
     first = error.errors()[0]
     setting = ".".join([*section, *map(str, first["loc"])])
     said = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        said = "unknown; accepted keys are " + ", ".join(SinkSettings.model_fields)
+        said = f"unknown; accepted keys are {', '.join(keys)}" if keys else "unknown"
     return f"{setting}={first['input']!r}: {said[0].lower()}{said[1:]}" if setting else said

@@ -15,7 +15,7 @@ MODEL = {"model": "m", "served-model-name": "n"}
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ({"replica": 2}, "replica=2: "),
+        ({"replica": 2}, "replica=2: unknown; accepted keys are flags, replicas, "),
         ({"replicas": 0}, "replicas=0: input should be greater than 0"),
         ({"streams": "many"}, "streams='many': "),
         ({"flags": MODEL | {"windows": 3}}, "flags: unrecognized arguments: --windows=3"),

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from launch.server import free_port
-from tests.server.chats import BUFFER, KEY, MAX_MODEL_LEN, MODEL, QUESTIONS, limit
+from tests.server.chats import KEY, MODEL, QUESTIONS, SETTINGS, limit
 from tests.server.conftest import NO_TLS, llama, wait_for
 from tests.sessions.conftest import RedisServer
 from vllm_sink import client
@@ -53,6 +53,7 @@ class Cluster:
     url: str
     config: Path
     leader: psutil.Popen
+    log: Path
 
     def processes(self, title: str) -> list[psutil.Process]:
         found = []
@@ -85,17 +86,8 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    flags = {
+    flags = SETTINGS | {
         "model": str(llama(folder / "tiny", initializer_range=0.3)),
-        "served-model-name": MODEL,
-        "dtype": "float32",
-        "sink-tokens": BUFFER.sinks,
-        "window-tokens": BUFFER.window,
-        "compact-tokens": BUFFER.mark,
-        "max-model-len": MAX_MODEL_LEN,
-        "block-size": 32,
-        "kv-cache-memory-bytes": 2**26,
-        "enforce-eager": True,
         "session-store": redis.address,
         "api-key": [KEY],
     }
@@ -107,7 +99,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, redis: RedisServer) -> Ite
     command = [sys.executable, "-m", "launch.local", str(config), f"--port={port}"]
     with log.open("w") as out:
         leader = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    running = Cluster(f"http://127.0.0.1:{port}", config, leader)
+    running = Cluster(f"http://127.0.0.1:{port}", config, leader, log)
     try:
         wait_for(lambda: leader.poll() is not None or "Ready at" in log.read_text(), SECONDS)
         assert leader.poll() is None, log.read_text()[-4000:]
@@ -201,10 +193,6 @@ def talks_of(sessions: int) -> list[Talk]:
     return [Talk(f"s{next(names)}", by_header=bool(i % 2)) for i in range(sessions)]
 
 
-def turns_of(talks: list[Talk]) -> int:
-    return sum(len(talk.answers) for talk in talks)
-
-
 def wait_for_turns(talks: list[Talk], more: int) -> None:
     """Until each had so many more."""
     there = {talk.session: len(talk.answers) for talk in talks}
@@ -287,6 +275,15 @@ def test_what_is_too_much_waits_and_what_is_more_is_refused(cluster: Cluster) ->
             assert answer.json()["error"]["code"] == 429
         else:
             assert answer.json()["usage"]["completion_tokens"] == LONG_ANSWER
+
+
+def test_a_change_that_cannot_work_is_not_taken_up(cluster: Cluster) -> None:
+    before = cluster.config.read_text()
+    cluster.config.write_text(before.replace("streams:", "stream:"))
+    cluster.leader.send_signal(signal.SIGHUP)
+    wait_for(lambda: "error: stream=8: unknown; accepted" in cluster.log.read_text(), SECONDS)
+    cluster.config.write_text(before)
+    assert len(cluster.answering()) == 2
 
 
 def test_replicas_come_and_go(cluster: Cluster) -> None:

@@ -42,6 +42,17 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[-1].endswith(f"No such file or directory: '{command[-1]}'")
 
 
+def test_a_config_of_something_else(tmp_path: Path) -> None:
+    config = tmp_path / "some.yaml"
+    config.write_text("applications: []")
+    command = [sys.executable, "-m", "launch.local", str(config)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].endswith(
+        f"{config}: it has 0 applications; accepted is one"
+    )
+
+
 def test_ray_is_not_installed(tmp_path: Path) -> None:
     script = "import sys; sys.modules['ray'] = None; from launch.local import main; main()"
     config = tmp_path / "serve.yaml"

@@ -24,18 +24,23 @@ QUESTIONS = [f"Question {i}: why is {'light ' * (20 * (i % 4))}so?" for i in ran
 SECONDS = 240
 
 
+SETTINGS = {
+    "served-model-name": MODEL,
+    "dtype": "float32",
+    "sink-tokens": BUFFER.sinks,
+    "window-tokens": BUFFER.window,
+    "compact-tokens": BUFFER.mark,
+    "max-model-len": MAX_MODEL_LEN,
+    "block-size": 32,
+    "kv-cache-memory-bytes": 2**26,
+    "enforce-eager": True,
+}
+
+
 def serving(speaker: Path, folder: Path, store: str, **changes: Any) -> Any:
-    settings = {
+    settings = SETTINGS | {
         "model": speaker,
-        "served-model-name": MODEL,
-        "dtype": "float32",
-        "sink-tokens": BUFFER.sinks,
-        "window-tokens": BUFFER.window,
-        "compact-tokens": BUFFER.mark,
-        "max-model-len": MAX_MODEL_LEN,
         "max-num-seqs": 8,
-        "block-size": 32,
-        "kv-cache-memory-bytes": 2**26,
         "session-store": store,
         # The model in the engine's process: one process less to start.
         "distributed-executor-backend": "uni",
@@ -45,7 +50,7 @@ def serving(speaker: Path, folder: Path, store: str, **changes: Any) -> Any:
         for name, value in (settings | changes).items()
     ]
     flags += ["--api-key", KEY, OTHER_KEY]
-    command = [sys.executable, "-m", "vllm_sink.serve", "--enforce-eager", *flags]
+    command = [sys.executable, "-m", "vllm_sink.serve", *flags]
     return started(command, folder, multiprocessing=False)
 
 
