@@ -1,6 +1,7 @@
 """What every test relies on, whatever it tests."""
 
 import os
+import secrets
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 
 # No test may reach for a model hub. huggingface_hub reads this once, when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# No Ray of a test's lets others in, or leaves a token in the user's folder. Read at import, too.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Tiny tensors: threads that spin for one another only take the cores from other processes.
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -19,6 +19,18 @@ for name, text in zip({LOGS}, ("first\\n words", "second")):
     except ValueError:
         logging.getLogger(name).exception("failed to start")
 """
+FAILING_IN_RAY = f"""
+import logging
+from ray.exceptions import RayTaskError
+from vllm_sink import plugin
+from vllm_sink.settings import SettingsError
+plugin.register()
+try:
+    cause = SettingsError("w=1: accepted is 2")
+    raise RayTaskError("init", "Traceback", cause).as_instanceof_cause()
+except SettingsError:
+    logging.getLogger({LOGS[0]!r}).exception("failed to start")
+"""
 
 
 @pytest.fixture
@@ -34,7 +46,13 @@ def started() -> Callable[[str], None]:
 
 
 @pytest.mark.parametrize(
-    ("code", "sentence"), [(REFUSING, r"^w=1: accepted is 2$"), (FAILING, r"^first words$")]
+    ("code", "sentence"),
+    [
+        (REFUSING, r"^w=1: accepted is 2$"),
+        (FAILING, r"^first words$"),
+        (FAILING_IN_RAY, r"^w=1: accepted is 2$"),
+    ],
+    ids=["refused", "failed", "failed in Ray"],
 )
 def test_the_first_word_of_a_process_comes_before_what_it_caused(
     started: Callable[[str], None], code: str, sentence: str

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from vllm import AsyncEngineArgs
+from vllm.v1.executor import ray_utils
 
 from vllm_sink import embedded
 from vllm_sink.serve import make_parser
@@ -238,6 +239,16 @@ def test_what_vllm_refuses_is_one_line(model: Path, flags: list[object], sentenc
     assert re.fullmatch(sentence, str(refusal.value))
 
 
+def test_ray_that_is_not_installed_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_utils, "ray", None)
+    monkeypatch.setattr(ray_utils, "ray_import_err", "No module named 'ray'")
+    flags = ["-tp", 2, "--distributed-executor-backend", "ray"]
+    with pytest.raises(SettingsError, match=r"^Failed to import Ray: .* `pip install ray`\.$"):
+        completed("--model", model, *flags)
+
+
 def test_a_threshold_is_held_against_the_length_that_is_derived(model: Path) -> None:
     args = completed("--model", model, "--long-prefill-token-threshold", CONTEXT + 1)
     assert args.max_model_len > CONTEXT + 1
@@ -254,6 +265,7 @@ def test_the_log_tells_of_what_is_served_alone(model: Path) -> None:
     """In a process of its own, where vLLM logs as it does for users."""
     code = f"""
 from vllm import AsyncEngineArgs
+from vllm.v1.executor import ray_utils
 from vllm_sink.serve import make_parser
 from vllm_sink.server.defaults import fill_in
 args = make_parser().parse_args(["--model={model}", "--max-num-batched-tokens=8192"])

@@ -51,8 +51,10 @@ def one_line(error: BaseException) -> str:
 
 def _tell_exception(record: logging.LogRecord) -> bool:
     """A log's filter that lets everything pass."""
-    if record.exc_info and record.exc_info[1]:
-        _tell(one_line(record.exc_info[1]))
+    error = record.exc_info and record.exc_info[1]
+    if error:
+        # Ray's error says where in a worker it came from, and has what was raised there.
+        _tell(one_line(getattr(error, "cause", error)))
     return True
 
 
