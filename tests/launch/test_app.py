@@ -61,7 +61,9 @@ def test_replicas_are_as_many_as_streams_held_ask_for() -> None:
 def test_configs_build(name: str) -> None:
     config = yaml.safe_load((LAUNCH / name).read_text("utf-8"))
     config = yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
-    (described,) = ServeDeploySchema.model_validate(config).applications
+    schema = ServeDeploySchema.model_validate(config)
+    (described,) = schema.applications
     assert described.import_path == "launch.app:build"
     options = llm_config(parse(described.args)).deployment_config
     assert options["max_queued_requests"] > 0
+    assert schema.http_options.request_timeout_s is None

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackCtx
 from ray.llm._internal.serve.core.configs.accelerators import CPUAccelerator, GPUAccelerator
 from ray.serve._private.config import DeploymentConfig
+from ray.serve.config import HTTPOptions
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
@@ -101,3 +102,8 @@ def test_flags_travel_with_the_config() -> None:
 def test_options_are_rays() -> None:
     options = llm_config(parse({"flags": {"model": "m"}})).deployment_config
     assert options.keys() - {"ray_actor_options"} <= DeploymentConfig.model_fields.keys()
+
+
+def test_a_turn_may_take_as_long_as_it_likes() -> None:
+    """`launch.local` names no time-out."""
+    assert HTTPOptions().request_timeout_s is None
