@@ -22,6 +22,7 @@ NAMES = (
     "perplexity",
     "position",
     "recompute",
+    "replicas",
     "scale",
     "sessions",
     "speed",

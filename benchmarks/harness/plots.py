@@ -168,6 +168,34 @@ def sessions(figure: Figure, record: Record) -> None:
     legend(figure, turns, places)
 
 
+def replicas(figure: Figure, record: Record) -> None:
+    share, wait = figure.subplots(1, 2)
+    rows = record["throughput"]["rows"]
+    for index, arm in enumerate(rows[0]["arms"]):
+        ratios = [row["arms"][arm]["over_one"] for row in rows]
+        medians = [ratio["median"] for ratio in ratios]
+        ends = [
+            [ratio["median"] - ratio["min"] for ratio in ratios],
+            [ratio["max"] - ratio["median"] for ratio in ratios],
+        ]
+        at = [place + (index - 1) * 0.27 for place in range(len(rows))]
+        share.bar(
+            at, medians, 0.27, yerr=ends, capsize=3, color=f"C{index + 6}", label=names.of(arm)
+        )
+    share.set_xticks(range(len(rows)), [row["work"] for row in rows])
+    share.set(xlabel="work of sessions at once", ylabel="tokens/s over one replica's")
+    for row, style in zip(record["affinity"], ("-", "--"), strict=False):
+        for (arm, seen), color in zip(row["arms"].items(), ("C0", "C3"), strict=True):
+            firsts = seen["by_turn"]["first_ms"]
+            label = f"{names.of(arm)}, of {row['sessions']}"
+            wait.plot(
+                range(1, len(firsts) + 1), firsts, style, color=color, marker=".", label=label
+            )
+    wait.set(xlabel="turn of a session", ylabel="ms to the first token", ylim=(0, None))
+    figure.suptitle("Replicas on two cores; bars: minimum to maximum")
+    legend(figure, share, wait)
+
+
 def scale(figure: Figure, record: Record) -> None:
     fullest, writes = figure.subplots(1, 2)
     setup, rows, redis = record["setup"], record["fleets"], record["redis"]
@@ -279,6 +307,7 @@ DRAW: dict[str, Callable[[Figure, Record], None]] = {
     "throughput": throughput,
     "capacity": capacity,
     "sessions": sessions,
+    "replicas": replicas,
     "scale": scale,
     "streameval": streameval,
 }

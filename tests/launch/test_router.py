@@ -15,8 +15,12 @@ REPLICAS = [ReplicaID(f"r{i}", DEPLOYMENT) for i in range(5)]
 
 @pytest.fixture
 def router() -> SessionRouter:
-    """With a ring, and no loop that would route."""
-    router: Any = SessionRouter.__new__(SessionRouter)
+    return with_a_ring(SessionRouter)
+
+
+def with_a_ring(router_class: type[SessionRouter]) -> SessionRouter:
+    """And no loop that would route."""
+    router: Any = router_class.__new__(router_class)
     router._num_virtual_nodes, router._num_fallback_replicas = 100, 2
     router._deployment_id = DEPLOYMENT
     router._replicas = {id: SimpleNamespace(replica_id=id) for id in REPLICAS}
