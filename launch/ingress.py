@@ -50,8 +50,11 @@ def session_of(request: Request, body: bytes) -> str | None:
         asked: Any = json.loads(body) if body else {}
     except ValueError:
         asked = {}
-    named = asked.get("session_id") if isinstance(asked, dict) else None
-    return named if isinstance(named, str) and named else request.headers.get(HEADER)
+    asked = asked if isinstance(asked, dict) else {}
+    extra = asked.get("vllm_xargs")
+    names = [asked.get("session_id"), request.headers.get(HEADER)]
+    names += [extra.get("session_id")] if isinstance(extra, dict) else []
+    return next((name for name in names if isinstance(name, str) and name), None)
 
 
 async def body(answer: DeploymentResponseGenerator[Any]) -> AsyncIterator[bytes]:
