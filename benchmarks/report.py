@@ -18,6 +18,7 @@ NAMES = (
     "capacity",
     "compaction",
     "endless",
+    "learned_sinks",
     "peers",
     "perplexity",
     "position",

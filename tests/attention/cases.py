@@ -38,6 +38,7 @@ class Case:
     is_neox_style: bool = True
     soft_cap: float = 0.0
     alibi: bool = False
+    learned_sinks: bool = False
     reindex: bool = True
 
 
@@ -53,7 +54,8 @@ class Inputs:
     scoring: Scoring
 
     def to(self, device: str) -> "Inputs":
-        batch, turn, slopes = self.batch, self.turn, self.scoring.alibi_slopes
+        batch, turn, scoring = self.batch, self.turn, self.scoring
+        slopes, logits = scoring.alibi_slopes, scoring.sink_logits
         return Inputs(
             self.query.to(device),
             [keys.to(device) for keys in self.keys],
@@ -65,7 +67,11 @@ class Inputs:
                 block_table=batch.block_table.to(device),
             ),
             turn and replace(turn, rows=turn.rows.to(device)),
-            replace(self.scoring, alibi_slopes=None if slopes is None else slopes.to(device)),
+            replace(
+                scoring,
+                alibi_slopes=None if slopes is None else slopes.to(device),
+                sink_logits=None if logits is None else logits.to(device),
+            ),
         )
 
     def double(self) -> "Inputs":
@@ -106,6 +112,7 @@ def inputs(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
             scale=case.head_size**-0.5,
             soft_cap=case.soft_cap,
             alibi_slopes=torch.rand(case.heads, generator=random) if case.alibi else None,
+            sink_logits=torch.randn(case.heads, generator=random) if case.learned_sinks else None,
             reindex=case.reindex,
         ),
     )
@@ -182,6 +189,9 @@ CASES = {
     "long chunks": Case(((512, 512), (512, 1024)), geometry=Geometry(4, 130), block_size=128),
     "partial interleaved": Case(MIXED, head_size=80, rotary_dim=20, is_neox_style=False),
     "stream distance": Case(MIXED, reindex=False),
+    "learned sinks": Case(MIXED, learned_sinks=True),
+    "decode, learned sinks": Case(DECODE, learned_sinks=True, geometry=Geometry(4, 157)),
+    "learned sinks alone": Case(MIXED, learned_sinks=True, geometry=Geometry(0, 65)),
     "soft cap": Case(MIXED, soft_cap=5.0),
     "alibi": Case(MIXED, alibi=True),
     "alibi, stream distance": Case(MIXED, alibi=True, reindex=False),

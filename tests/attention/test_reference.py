@@ -41,5 +41,7 @@ def one_query(case: Case, given: Inputs, token: int, head: int) -> torch.Tensor:
                 at, key_at = geometry.cache_position(t, t), geometry.cache_position(t, j)
             score = score + scoring.alibi_slopes[head] * (key_at - at)
         scores.append(score)
-    weights = torch.stack(scores).softmax(0)
+    if scoring.sink_logits is not None:
+        scores.append(scoring.sink_logits[head].double())
+    weights = torch.stack(scores).softmax(0)[: len(visible)]
     return weights @ given.values[request][visible, kv_head]

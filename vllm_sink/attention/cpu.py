@@ -60,6 +60,7 @@ class CPUAttention:
             scoring.scale,
             scoring.soft_cap,
             scoring.alibi_slopes,
+            scoring.sink_logits,
             scoring.reindex,
             turn.rows if turn else None,
             turn.is_neox_style if turn else True,

@@ -55,6 +55,9 @@ class Scoring:
     """scores become `soft_cap * tanh(score / soft_cap)`; 0 for none."""
     alibi_slopes: torch.Tensor | None = None
     """[heads] float32, added as `slope * (key position - query position)`."""
+    sink_logits: torch.Tensor | None = None
+    """[heads] float32: learned sinks, each one more term in the denominator of its head's softmax,
+    as gpt-oss has them; they take no soft cap."""
     reindex: bool = True
     """ALiBi sees sinks at their distance in the cache; false: in the stream."""
 

@@ -90,7 +90,7 @@ def _attend_one_stream(
     )
     scores = torch.cat((sink_scores, window_scores), dim=-1)
     seen = torch.cat((sinks_seen, window_seen), dim=-1)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    weights = _softmax(scores.masked_fill(~seen, -torch.inf), scoring)
     values = _gather(cache.values, block_row, torch.cat((sinks, window)))
     return _heads_last(weights @ values.to(weights.dtype)[:, None]).to(query.dtype)
 
@@ -116,6 +116,15 @@ def _scores(
         slopes = scoring.alibi_slopes.to(dtype).view(kv_heads, -1, 1, 1)
         scores = scores + slopes * distance
     return scores
+
+
+def _softmax(scores: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Of `scores` [kv_heads, queries a kv_head, n, k], with what learned sinks take away."""
+    if scoring.sink_logits is None:
+        return scores.softmax(dim=-1)
+    logits = scoring.sink_logits.to(scores.dtype).view(*scores.shape[:2], 1, 1)
+    learned = logits.expand(*scores.shape[:3], 1)
+    return torch.cat((scores, learned), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _heads_last(grouped: torch.Tensor) -> torch.Tensor:

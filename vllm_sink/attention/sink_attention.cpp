@@ -124,6 +124,7 @@ struct Mask {
 struct Score {
   float scale, soft_cap;
   const float* alibi_slopes;  // null: none
+  const float* sink_logits;   // null: none; else a term in the denominator of each head
   bool reindex;
 };
 
@@ -254,8 +255,9 @@ void attend_item(
       rotate(scaled, rows.sink_query.data() + r * head_size, head_size,
              turn.rows + row_token * turn.rotary_dim, turn);
     rows.t[r] = t + r / group;
-    rows.peak[r] = std::numeric_limits<float>::lowest();
-    rows.sum[r] = 0.f;
+    rows.peak[r] =
+        score.sink_logits ? score.sink_logits[head] : std::numeric_limits<float>::lowest();
+    rows.sum[r] = score.sink_logits ? 1.f : 0.f;
   }
   std::fill_n(rows.out.begin(), count * head_size, 0.f);
 
@@ -323,7 +325,8 @@ void attend(
     const at::Tensor& query, const at::Tensor& storage, const at::Tensor& query_start_loc,
     const at::Tensor& seq_lens, const at::Tensor& block_table, int64_t block_size, int64_t sinks,
     int64_t window, double scale, double soft_cap, const std::optional<at::Tensor>& alibi_slopes,
-    bool reindex, const std::optional<at::Tensor>& turn_rows, bool neox, const at::Tensor& out) {
+    const std::optional<at::Tensor>& sink_logits, bool reindex,
+    const std::optional<at::Tensor>& turn_rows, bool neox, const at::Tensor& out) {
   const Shape shape{query.size(1), storage.size(1), query.size(2), block_size};
   TORCH_CHECK(block_size % kLanes == 0 && shape.head_size % kLanes == 0,
               "block size ", block_size, ", head size ", shape.head_size,
@@ -332,7 +335,8 @@ void attend(
   TORCH_CHECK(block_table.stride(1) == 1, "block_table: rows must be contiguous");
   const Mask mask{sinks, window};
   const Score score{static_cast<float>(scale), static_cast<float>(soft_cap),
-                    alibi_slopes ? alibi_slopes->const_data_ptr<float>() : nullptr, reindex};
+                    alibi_slopes ? alibi_slopes->const_data_ptr<float>() : nullptr,
+                    sink_logits ? sink_logits->const_data_ptr<float>() : nullptr, reindex};
   const Turn turn{turn_rows ? turn_rows->const_data_ptr<float>() : nullptr,
                   turn_rows ? turn_rows->size(1) : 0, neox};
   const int64_t tokens_an_item = std::max<int64_t>(1, kItemRows / shape.group());
@@ -391,7 +395,8 @@ TORCH_LIBRARY(vllm_sink, library) {
   library.def(
       "attend(Tensor query, Tensor storage, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, int block_size, int sinks, int window, float scale, float soft_cap, "
-      "Tensor? alibi_slopes, bool reindex, Tensor? turn_rows, bool neox, Tensor(a!) out) -> ()");
+      "Tensor? alibi_slopes, Tensor? sink_logits, bool reindex, Tensor? turn_rows, bool neox, "
+      "Tensor(a!) out) -> ()");
   library.def(
       "write(Tensor key, Tensor value, Tensor(a!) storage, int block_size, Tensor slots) -> ()");
   library.impl("attend", c10::DispatchKey::CPU, &attend);

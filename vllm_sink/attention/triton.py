@@ -126,6 +126,7 @@ def _attend(
     block_table,
     turn,
     alibi_slopes,
+    sink_logits,
     requests,
     scale,
     soft_cap,
@@ -159,9 +160,9 @@ def _attend(
 ):
     """Grid: tiles, KV heads, splits.
 
-    query, out [tokens, heads, head]; turn [tokens, rotary_dim] float32 or None; key_scale,
-    value_scale [] float32 or None. With splits, out is [tokens, heads, splits, head_padded]
-    float32, weighed by lse [tokens, heads, splits], base 2.
+    query, out [tokens, heads, head]; turn [tokens, rotary_dim], key_scale and value_scale [],
+    alibi_slopes and sink_logits [heads], each float32 or None. With splits, out is
+    [tokens, heads, splits, head_padded] float32, weighed by lse [tokens, heads, splits], base 2.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -203,6 +204,9 @@ def _attend(
     values += kv_head * value_head_stride
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
+    if sink_logits is not None and split == 0:
+        top = tl.load(sink_logits + head, mask=in_tile, other=0.0) * LOG2_E
+        total = tl.full([TILE_ROWS], 1.0, tl.float32)
     sums = tl.zeros([TILE_ROWS, HEAD_PADDED], tl.float32)
     window_start = tl.maximum(t + 1 - WINDOW, 0)
 
@@ -479,6 +483,7 @@ class TritonAttention:
             batch.block_table,
             turn.rows if turn else None,
             scoring.alibi_slopes,
+            scoring.sink_logits,
             len(batch.seq_lens),
             scoring.scale,
             scoring.soft_cap,
