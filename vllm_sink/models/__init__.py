@@ -1,0 +1,1 @@
+"""Which of vLLM's architectures work with sinks, shown on tiny random checkpoints."""
