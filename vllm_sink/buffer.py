@@ -28,6 +28,10 @@ class Buffer:
         """Whether a buffer of so many tokens, one of them generated at least, is compacted."""
         return tokens >= self.mark
 
+    def room(self, tokens: int) -> int:
+        """Generated tokens that a buffer of so many takes before it is full; one at least."""
+        return max(self.mark - tokens, 1)
+
     def compact(self, tokens: list[int]) -> list[int]:
         """What a full buffer becomes."""
         return tokens[: self.sinks] + tokens[-self.window :]
@@ -35,7 +39,7 @@ class Buffer:
     def extended(self, tokens: list[int], generated: Sequence[int]) -> list[int]:
         """What a buffer becomes as its stream goes on with generated tokens; it may be changed."""
         while generated:
-            room = max(self.mark - len(tokens), 1)
+            room = self.room(len(tokens))
             tokens.extend(generated[:room])
             generated = generated[room:]
             if self.is_full(len(tokens)):

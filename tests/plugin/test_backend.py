@@ -22,11 +22,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 
 from tests.attention.cases import needs_triton
 from vllm_sink.attention.interface import Batch, SinkTurn
-from vllm_sink.plugin import register
+from vllm_sink.geometry import Geometry
+from vllm_sink.plugin import probe, register
 from vllm_sink.plugin.backend import SinkBackend, SinkMetadata, SinkMetadataBuilder, _positions
 from vllm_sink.plugin.cpu_backend import CPUSinkBackend
 from vllm_sink.plugin.presence import Vouched
-from vllm_sink.plugin.spec import SinkSpec
+from vllm_sink.plugin.spec import SinkSpec, Window
 from vllm_sink.rotary import cos_sin
 from vllm_sink.settings import SettingsError
 
@@ -85,7 +86,7 @@ def test_an_unconfigured_engine_after_a_configured_one_is_stock(
 def test_configured_hands_out_ours(backend: type[SinkBackend]) -> None:
     assert impl_of(backend, {"sink": SINK}) is backend.impl_cls
     assert backend.get_builder_cls() is backend.builder_cls
-    expected = SinkSpec(**SHAPE, sliding_window=59, sink_tokens=5, dcp_sharded=False)
+    expected = SinkSpec(**SHAPE, sliding_window=Window(59), sink_tokens=5)
     assert backend.customize_spec(FULL) == expected
 
 
@@ -98,7 +99,7 @@ def test_window_policy_has_no_sinks(backend: type[SinkBackend]) -> None:
     impl_of(backend, {"sink": {"policy": "window", "sink_tokens": 5, "window_tokens": 64}})
     spec = backend.customize_spec(FULL)
     assert isinstance(spec, SinkSpec)
-    assert (spec.sink_tokens, spec.sliding_window) == (0, 64)
+    assert spec.geometry == Geometry(0, 64)
 
 
 def test_layers_with_a_window_of_their_own_keep_it(backend: type[SinkBackend]) -> None:
@@ -129,12 +130,14 @@ def impl(
         return backend.get_impl_cls()(2, 32, 0.2, 1, None, window, kv_cache_dtype, **named)
 
 
-def test_learned_sinks_are_refused(backend: type[SinkBackend], config: VllmConfig) -> None:
-    """No accepted architecture has them; another's would be caught here all the same."""
-    with pytest.raises(
-        SettingsError, match=r"^sink\.policy='sink': .*learned sinks; accepted are "
-    ):
-        impl(backend, config, None, sinks=torch.zeros(2))
+def test_learned_sinks_are_read_once_loaded(backend: type[SinkBackend], config: VllmConfig) -> None:
+    learned = impl(backend, config, None, sinks=torch.zeros(2, dtype=torch.bfloat16))
+    learned.sinks += 1
+    learned.process_weights_after_loading(torch.bfloat16)
+    assert torch.equal(learned.scoring.sink_logits, torch.ones(2))
+    plain = impl(backend, config, None)
+    plain.process_weights_after_loading(torch.bfloat16)
+    assert plain.scoring.sink_logits is None
 
 
 def test_a_cache_that_a_checkpoint_asks_for_is_refused_too(
@@ -165,6 +168,7 @@ def builder_of(
         owner.attn = Attention(2, 32, 0.2, 2, cache_config=config.cache_config, prefix=LAYER)
         backend.get_impl_cls()
         owner.to(device)
+        probe._turns[owner.attn] = probe.Turn(owner.rotary_emb, is_neox_style=True)
         customized = backend.customize_spec(spec)
         return backend.get_builder_cls()(customized, [LAYER], config, torch.device(device))
 
@@ -195,7 +199,7 @@ def test_sinks_are_turned_back_by_what_was_evicted(
     backend: type[SinkBackend], config: VllmConfig
 ) -> None:
     builder = builder_of(backend, config)
-    (rotary,) = builder.rotaries.values()
+    (rotary,) = builder.rows
     turn = turn_of(builder.build(0, step([(3, 70), (1, 100), (2, 2)])))
     evicted = torch.tensor([4, 5, 6, 36, 0, 0])
     assert turn.is_neox_style

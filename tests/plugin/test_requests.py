@@ -1,12 +1,13 @@
 """What a stream could not keep behind a mark is refused as the request comes."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-from vllm_sink.plugin.requests import check
+from vllm_sink.plugin.requests import check, check_text
 
 
 def parameters(**given: Any) -> SamplingParams:
@@ -35,3 +36,12 @@ def test_what_counts_by_the_answer_is_refused(given: dict[str, Any], sentence: s
 )
 def test_other_parameters_are_not(given: dict[str, Any]) -> None:
     check(parameters(**given), mark=100)
+
+
+def test_more_than_text_is_refused() -> None:
+    check_text(())
+    features = [SimpleNamespace(modality=kind) for kind in ("video", "image", "image")]
+    with pytest.raises(
+        VLLMValidationError, match=r"^messages with image, video: .* accepted is text "
+    ):
+        check_text(features)

@@ -10,36 +10,18 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    FalconConfig,
-    GPTNeoXConfig,
     LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
 )
 from vllm.config import CompilationConfig, ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.layers import rotary_embedding as stock
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms.cpu import CpuPlatform
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_sink.plugin import register
 from vllm_sink.plugin.rotary import (
     Replacement,
-    UnboundedGPTNeoX,
     UnboundedLongRoPE,
     UnboundedRotary,
-    UnboundedRotaryEmbedding,
-    rotary_of,
 )
 from vllm_sink.settings import SettingsError
 
@@ -80,6 +62,14 @@ ROPES: dict[str, dict[str, Any]] = {
     },
     "partial": {"rope_type": "default", "partial_rotary_factor": 0.25},
     "partial-llama3": {**LLAMA3, "partial_rotary_factor": 0.5},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
+    "sections": {"rope_type": "default", "mrope_section": [8, 12, 12]},
+    "interleaved-sections": {
+        "rope_type": "default",
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    },
+    "sections-yarn": {**YARN, "mrope_section": [8, 12, 12]},
 }
 EVERY_ROPE = pytest.mark.parametrize("rope", ROPES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -228,6 +218,33 @@ def test_kernel_and_native_forms_agree_far_out(engine: Any, rope: str, dtype: to
             torch.testing.assert_close(kernel, native, atol=tolerance, rtol=0)
 
 
+@KERNELS
+@pytest.mark.parametrize("rope", [rope for rope in ROPES if "sections" in rope])
+def test_text_has_one_position_in_all_sections(engine: Any, rope: str, custom_ops: str) -> None:
+    positions, query, key = batch(torch.float32)
+    with engine(None, custom_ops="none"):
+        expected = rope_of(rope)(positions.expand(3, -1), query.clone(), key.clone())
+    with engine({}, custom_ops=custom_ops):
+        rotary = rope_of(rope)
+    found = rotary(positions.expand(3, -1), query.clone(), key.clone())
+    torch.testing.assert_close(found, expected, atol=3e-4, rtol=0)
+    torch.testing.assert_close(found, rotary(positions, query, key), atol=2e-6, rtol=0)
+
+
+@KERNELS
+@EVERY_ROPE
+def test_heads_may_be_a_dimension_of_their_own(engine: Any, rope: str, custom_ops: str) -> None:
+    """Which is more than vLLM's kernel for CPUs gets right."""
+    positions, query, key = batch(torch.float32)
+    with engine({}, custom_ops=custom_ops):
+        rotary = rope_of(rope)
+    apart = [x.clone().unflatten(1, (-1, HEAD_SIZE)) for x in (query, key)]
+    for found, expected in zip(
+        rotary(positions, *apart), rotary(positions, query, key), strict=True
+    ):
+        torch.testing.assert_close(found.flatten(1), expected, atol=2e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("on_gpu", "sink"), [(True, {}), (False, {}), (True, None)], ids=str)
 def test_a_gpu_computes_angles_once_a_token(
     engine: Any, monkeypatch: pytest.MonkeyPatch, on_gpu: bool, sink: dict[str, Any] | None
@@ -344,101 +361,3 @@ def test_compiled_equals_eager(engine: Any, rope: str, custom_ops: str) -> None:
     expected = turn(rotary, positions, *batch(torch.float32)[1:])
     found = compiled(positions, *batch(torch.float32)[1:])
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
-
-
-TINY = {
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
-    "max_position_embeddings": MAX_POSITION,
-}
-GATED = {**TINY, "num_key_value_heads": 2, "intermediate_size": 256}
-LONGROPE_16 = {**LONGROPE, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
-FAMILIES: dict[str, tuple[PretrainedConfig, type[UnboundedRotary]]] = {
-    "LlamaForCausalLM": (
-        LlamaConfig(**GATED, rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
-        UnboundedRotaryEmbedding,
-    ),
-    "MistralForCausalLM": (MistralConfig(**GATED, sliding_window=None), UnboundedRotaryEmbedding),
-    "Qwen2ForCausalLM": (Qwen2Config(**GATED), UnboundedRotaryEmbedding),
-    "Qwen3ForCausalLM": (Qwen3Config(**GATED, head_dim=32), UnboundedRotaryEmbedding),
-    "Phi3ForCausalLM": (
-        Phi3Config(
-            **GATED,
-            pad_token_id=0,
-            original_max_position_embeddings=ORIGINAL,
-            rope_parameters={**LONGROPE_16, "rope_theta": 10000.0},
-        ),
-        UnboundedLongRoPE,
-    ),
-    "GPTNeoXForCausalLM": (GPTNeoXConfig(**TINY, intermediate_size=256), UnboundedGPTNeoX),
-    "FalconForCausalLM": (FalconConfig(**TINY, alibi=False), UnboundedRotaryEmbedding),
-}
-
-
-@contextmanager
-def one_rank(path: Path) -> Iterator[None]:
-    init_distributed_environment(1, 0, f"file://{path}", 0, "gloo")
-    initialize_model_parallel()
-    yield
-    cleanup_dist_env_and_memory()
-
-
-@pytest.mark.parametrize("is_configured", [True, False])
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_attention_layers_of_a_family_find_their_rotary(
-    tmp_path: Path, architecture: str, is_configured: bool
-) -> None:
-    hf_config, expected = FAMILIES[architecture]
-    hf_config.architectures = [architecture]
-    hf_config.save_pretrained(tmp_path / "model")
-    config = VllmConfig(
-        model_config=ModelConfig(str(tmp_path / "model"), skip_tokenizer_init=True),
-        additional_config={"sink": {}} if is_configured else {},
-    )
-    with set_current_vllm_config(config), one_rank(tmp_path / "rendezvous"):
-        with set_default_torch_dtype(torch.bfloat16):
-            model = initialize_model(config)
-        layers = [module for module in model.modules() if isinstance(module, Attention)]
-        assert len(layers) == 2
-        for layer in layers:
-            rotary = rotary_of(layer)
-            assert isinstance(rotary, expected) if is_configured else rotary is None
-
-
-def test_a_layer_of_no_model_has_no_rotary() -> None:
-    assert rotary_of(nn.Linear(1, 1)) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gpt_neox_equals_transformers_near_and_float64_far_out(
-    engine: Any, dtype: torch.dtype
-) -> None:
-    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
-
-    config = GPTNeoXConfig(**TINY, rope_parameters={**YARN, "partial_rotary_factor": 0.5})
-    theirs = GPTNeoXRotaryEmbedding(config)
-    owner = nn.Module()
-    with engine({}):
-        owner.rotary_emb = GPTNeoXRotaryEmbedding(config)
-    ours = owner.rotary_emb
-    assert isinstance(ours, UnboundedGPTNeoX)
-    hidden, near = torch.zeros(1, ORIGINAL, 128, dtype=dtype), torch.arange(ORIGINAL)[None]
-    tolerance = 6e-5 if dtype == torch.float32 else 0.01
-    torch.testing.assert_close(ours(hidden, near), theirs(hidden, near), atol=tolerance, rtol=0)
-    angles = torch.tensor(FAR, dtype=torch.float64).outer(theirs.inv_freq.double())
-    cos, sin = ours(hidden.float(), torch.tensor([FAR]))
-    for found, exact in ((cos, angles.cos()), (sin, angles.sin())):
-        expected = theirs.attention_scaling * torch.cat((exact, exact), dim=-1)[None]
-        assert (found - expected).abs().max() <= 2e-6
-
-
-def test_gpt_neox_types_that_change_with_the_stream_are_left_alone(engine: Any) -> None:
-    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
-
-    config = GPTNeoXConfig(**TINY, rope_parameters={"rope_type": "dynamic", "factor": 2.0})
-    owner = nn.Module()
-    with engine({}):
-        owner.rotary_emb = GPTNeoXRotaryEmbedding(config)
-    assert not isinstance(owner.rotary_emb, UnboundedRotary)

@@ -26,14 +26,14 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import get_manager_for_kv_cache_spec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_sink.plugin import capacity, register, rotary
+from vllm_sink.plugin.config import WORKERS
 from vllm_sink.plugin.cpu_backend import CPUSinkBackend
-from vllm_sink.plugin.engine_config import CPU_WORKER, STOCK_CPU_WORKER
 from vllm_sink.plugin.manager import SinkManager
 from vllm_sink.plugin.refusal import LOGS
+from vllm_sink.plugin.scaling import SCALES
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.settings import SettingsError, SinkSettings
 
@@ -62,6 +62,7 @@ VLLM_CONFIG = "vllm.config:VllmConfig"
 ENGINE_ARGS = "vllm:AsyncEngineArgs"
 SERVE = "vllm.entrypoints.cli.serve:ServeSubcommand"
 GPT_NEOX = "transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXRotaryEmbedding"
+OLMO3 = "transformers.models.olmo3.modeling_olmo3:Olmo3RotaryEmbedding"
 
 PARAMETERS = {
     # plugin/spec.py
@@ -171,11 +172,23 @@ PARAMETERS = {
     f"{LONGROPE}._compute_inv_freq": "self rescale_factors",
     f"{LONGROPE}._compute_cos_sin_cache": "self max_position_embeddings rescale_factors mscale",
     f"{LONGROPE}.forward": "self positions query key offsets",
+    # plugin/transformers_rotary.py
     f"{GPT_NEOX}.forward": "self x position_ids",
+    f"{OLMO3}.forward": "self x position_ids layer_type",
     "torch.nn.modules.module:register_module_module_registration_hook": "hook",
+    # plugin/worker.py, plugin/probe.py
+    "vllm.v1.worker.gpu_worker:Worker.load_model": "self load_dummy_weights",
+    "vllm.v1.worker.gpu_worker:Worker.get_model": "self",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens "
+    "num_tokens_across_dp cudagraph_runtime_mode batch_descriptor ubatch_slices slot_mapping "
+    "skip_compiled is_padding",
+    "vllm.distributed:get_pp_group": "",
+    "vllm.lora.layers:LoRAMapping": "index_mapping prompt_mapping is_prefill type",
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager.set_active_adapters": "self requests "
+    "mapping",
+    f"{CPU}BackendImpl.process_weights_after_loading": "self act_dtype",
     # plugin/config.py, plugin/check.py, plugin/engine_config.py, plugin/presence.py
     "vllm.plugins:load_general_plugins": "",
-    "vllm.transformers_utils.config:iter_rope_parameters": "config",
     "vllm.config:get_current_vllm_config_or_none": "",
     "vllm.config:get_current_vllm_config": "",
     f"{VLLM_CONFIG}.__post_init__": "self",
@@ -245,7 +258,8 @@ HELD = {
     f"{TRITON}Impl": "scale logits_soft_cap alibi_slopes sliding_window kv_cache_dtype fp8_dtype "
     "supports_quant_query_input sinks",
     f"{TRITON}MetadataBuilder": "kv_cache_spec",
-    "vllm.model_executor.layers.attention:Attention": "impl layer_name",
+    "vllm.model_executor.layers.attention:Attention": "impl layer_name attn_type head_size "
+    "head_size_v kv_sharing_target_layer_name sliding_window",
     f"{ROTARY}:RotaryEmbedding": "head_size rotary_dim is_neox_style dtype cos_sin_cache",
     f"{ROTARY}:LinearScalingRotaryEmbedding": "scaling_factors",
     f"{ROTARY}:YaRNScalingRotaryEmbedding": "mscale",
@@ -485,15 +499,34 @@ def test_rotary_classes_are_replaced_by_name() -> None:
         assert_seam(f"op_registry_oot[{stock!r}]", op, op_registry_oot.get(stock))
 
 
-def test_a_cpu_engine_gets_our_worker() -> None:
+def test_an_engine_gets_our_worker() -> None:
     register()
-    config = VllmConfig(additional_config={"sink": {}})
-    assert_seam(
-        "vllm.config:ParallelConfig.worker_cls", CPU_WORKER, config.parallel_config.worker_cls
-    )
-    assert issubclass(resolve_obj_by_qualname(CPU_WORKER), CPUWorker)
     stock = VllmConfig().parallel_config.worker_cls
-    assert_seam("vllm.platforms.cpu: worker_cls", STOCK_CPU_WORKER, stock)
+    ours = VllmConfig(additional_config={"sink": {}}).parallel_config.worker_cls
+    assert_seam("vllm.config:ParallelConfig.worker_cls", WORKERS[stock], ours)
+    for theirs, taken in WORKERS.items():
+        assert issubclass(resolve_obj_by_qualname(taken), resolve_obj_by_qualname(theirs))
+
+
+@pytest.mark.parametrize(
+    "seam",
+    [
+        "mistral:MistralAttention._get_llama_4_attn_scale",
+        "llama4:Llama4Attention._get_attn_scale",
+    ],
+)
+def test_models_scale_by_position_in_a_method(seam: str) -> None:
+    """plugin/scaling.py: one for each, which their `forward` asks."""
+    layer, _, scale = f"vllm.model_executor.models.{seam}".rpartition(".")
+    assert scale in SCALES
+    assert_mentioned(f"{layer}.forward", [scale])
+
+
+def test_attention_without_metadata_reaches_the_implementation() -> None:
+    """Which is where plugin/probe.py notes what a layer is given."""
+    seam = "vllm.model_executor.layers.attention.attention:unified_attention_with_output"
+    source = inspect.getsource(resolve(seam))
+    assert "self.impl.forward(" in source, changed(seam, "a call of the implementation", source)
 
 
 @pytest.mark.parametrize(

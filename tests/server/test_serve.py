@@ -110,7 +110,7 @@ def test_a_refused_process_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path, ranks: int) -> None:
-    """Transformers' own rotary layers are seen as the model is built, and not before."""
+    """What its layers do with positions is seen of a loaded model, and not before."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = GPTNeoXConfig(
         hidden_size=64,
@@ -125,7 +125,9 @@ def test_what_a_worker_finds_out_is_the_last_line(tmp_path: Path, ranks: int) ->
     config.save_pretrained(tmp_path)
     flags = ["--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager"]
     sentence = refused("--model", tmp_path, "--kv-cache-memory-bytes", 2**26, "-dp", ranks, *flags)
-    assert re.match(r"sink: layer .* has no position encoding .*; accepted are ALiBi ", sentence)
+    assert re.match(
+        r"model='.*': its layer \S+ changes queries or keys by position in .*; accepted ", sentence
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,15 @@ loaded = False
 def register() -> None:
     """Entry point of group `vllm.general_plugins`; runs in every process, before any config."""
     global loaded
-    from vllm_sink.plugin import backend, engine_config, manager, refusal, rotary
+    from vllm_sink.plugin import (
+        backend,
+        engine_config,
+        manager,
+        refusal,
+        rotary,
+        transformers_rotary,
+    )
 
-    for seam in (refusal, engine_config, manager, backend, rotary):
+    for seam in (refusal, engine_config, manager, backend, rotary, transformers_rotary):
         seam.register()
     loaded = True

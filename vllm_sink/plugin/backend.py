@@ -5,7 +5,7 @@ with them, layers that have a sliding window of their own keep vLLM's kernel.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,8 @@ from vllm_sink.attention.interface import Attention, Batch, KVCache, Scoring, Si
 from vllm_sink.geometry import Geometry
 from vllm_sink.plugin.check import CACHE_DTYPES
 from vllm_sink.plugin.config import current_settings, settings_of
-from vllm_sink.plugin.rotary import Replacement, UnboundedRotary, rotary_of
+from vllm_sink.plugin.probe import turn_of
+from vllm_sink.plugin.rotary import Replacement
 from vllm_sink.plugin.spec import SinkSpec
 from vllm_sink.rotary import cos_sin
 from vllm_sink.settings import SettingsError, SinkSettings
@@ -53,20 +54,19 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayer, layer_names)
-        rotaries = {name: _rotary_or_refuse(name, layer) for name, layer in layers.items()}
+        turns = {name: turn for name, layer in layers.items() if (turn := turn_of(layer))}
         settings = settings_of(vllm_config)
         assert settings is not None
         has_turns = isinstance(kv_cache_spec, SinkSpec) and settings.sinks > 0 and settings.reindex
-        self.rotaries = {name: rotary for name, rotary in rotaries.items() if rotary and has_turns}
+        self.turns = turns if has_turns else {}
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.step_rotaries = {
-            rotary for rotary in rotaries.values() if isinstance(rotary, Replacement)
-        }
+        rotaries = {turn.rotary for turn in turns.values()}
+        self.step_rotaries = {rotary for rotary in rotaries if isinstance(rotary, Replacement)}
         for rotary in self.step_rotaries:
             rotary.keep_step_rows(tokens, rotary.table_dtype)
         self.rows = {
             rotary: torch.empty(tokens, rotary.rotary_dim, dtype=torch.float32, device=device)
-            for rotary in set(self.rotaries.values())
+            for rotary in {turn.rotary for turn in self.turns.values()}
         }
 
     def build(
@@ -94,11 +94,10 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[Any]):
             for rotary, rows in self.rows.items():
                 rows[:tokens] = cos_sin(-evicted, rotary.inv_freq)
         turns = {
-            rotary: SinkTurn(rows[:tokens], rotary.is_neox_style)
-            for rotary, rows in self.rows.items()
+            name: SinkTurn(self.rows[turn.rotary][:tokens], turn.is_neox_style)
+            for name, turn in self.turns.items()
         }
-        by_layer = {name: turns[rotary] for name, rotary in self.rotaries.items()}
-        return SinkMetadata(batch, geometry, by_layer)
+        return SinkMetadata(batch, geometry, turns)
 
 
 class SinkAttentionImpl(AttentionImpl[Any]):
@@ -116,19 +115,19 @@ class SinkAttentionImpl(AttentionImpl[Any]):
                 f"kv_cache_dtype={self.kv_cache_dtype}: asked for by the checkpoint; "
                 f"accepted with sinks are {', '.join(accepted)}"
             )
-        if self.sinks is not None:
-            raise SettingsError(
-                f"sink.policy={settings.policy!r}: this model's attention has learned sinks; "
-                "accepted are models without them"
-            )
         self.scoring = Scoring(
-            self.scale, self.logits_soft_cap, self.alibi_slopes, settings.reindex
+            self.scale, self.logits_soft_cap, self.alibi_slopes, reindex=settings.reindex
         )
         self.attention = self.make_attention()
 
     @abstractmethod
     def make_attention(self) -> Attention:
         """What computes layers without a window of their own."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.sinks is not None:
+            self.scoring = replace(self.scoring, sink_logits=self.sinks.float())
 
     def cache_of(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> KVCache:
         return self.attention.as_cache(kv_cache)
@@ -220,15 +219,3 @@ def _positions(batch: Batch, tokens: int) -> torch.Tensor:
     stops, token = batch.query_start_loc[1:], torch.arange(tokens, device=batch.seq_lens.device)
     request = torch.searchsorted(stops.long(), token, right=True).clamp(max=len(stops) - 1)
     return token + (batch.seq_lens - stops)[request]
-
-
-def _rotary_or_refuse(name: str, layer: AttentionLayer) -> UnboundedRotary | None:
-    """The rotary embedding whose positions sinks are turned back by; None for ALiBi."""
-    rotary = rotary_of(layer)
-    if rotary is None and layer.impl.alibi_slopes is None:
-        raise SettingsError(
-            f"sink: layer {name} has no position encoding that works without an upper position; "
-            "accepted are ALiBi and rotary embeddings of type default, linear, dynamic, llama3, "
-            "yarn and longrope"
-        )
-    return rotary

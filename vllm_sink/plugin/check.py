@@ -1,4 +1,7 @@
-"""Refuse, before anything starts, what sinks would get wrong in silence."""
+"""Refuse, before anything starts, what sinks would get wrong in silence.
+
+What can be seen of a loaded model alone is for plugin/probe.py.
+"""
 
 from math import inf
 from typing import Any
@@ -6,51 +9,19 @@ from typing import Any
 from vllm import envs
 from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
-from vllm.transformers_utils.config import iter_rope_parameters
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 
-from vllm_sink.plugin.config import SCHEDULERS
+from vllm_sink.plugin.config import SCHEDULERS, WORKERS
 from vllm_sink.settings import SettingsError, SinkSettings
-
-ARCHITECTURES = (
-    "FalconForCausalLM",
-    "GPTNeoXForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "GemmaForCausalLM",
-    "IQuestCoderForCausalLM",
-    "InternLM3ForCausalLM",
-    "LLaMAForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Phi3ForCausalLM",
-    "PhiMoEForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "SolarForCausalLM",
-    "TeleChat3ForCausalLM",
-)
-"""Names in vLLM's registry (vllm/model_executor/models/registry.py) whose attention was read.
-
-Each rotates queries and keys last, from their first dimension on, in every layer, or has ALiBi
-instead. Turning a query back for its sinks takes that, and it cannot be seen from outside: some
-models skip the rotation in some layers, or scale, normalise or split what was rotated.
-"""
 
 CACHE_DTYPES = {"cpu": ("auto",), "cuda": ("auto", "fp8", "fp8_e4m3")}
 """What a backend of ours stores, by the `device_name` of vLLM's platform."""
 
 CPU_FAULT = "vLLM's CPU build gets it wrong, with and without sinks"
 
-ROPE_TYPES = ("default", "linear", "ntk", "dynamic", "llama3", "yarn", "longrope")
-"""Whose rotary classes ours replace (plugin/rotary.py), by the names of vLLM's `get_rope`."""
-
-SCALED_BY_POSITION = ("attn_temperature_tuning", "dual_chunk_attention_config", "llama_4_scaling")
-"""Config keys that make attention depend on the stream position itself, not on distances."""
+WINDOWED = "sliding_attention"
+"""What configs call a layer with a window of its own."""
 
 UNKNOWN_CONTEXT = 2048
 """What vLLM assumes of a config that does not say (`_get_and_verify_max_len`)."""
@@ -70,6 +41,9 @@ def check(vllm_config: VllmConfig, settings: SinkSettings) -> None:
         _check_layers(model_config)
         _check_cache_size(settings, model_config)
         _check_streams(settings, vllm_config)
+        _accept("runner", model_config.runner_type, "generate")
+        _accept("enable_prompt_embeds", model_config.enable_prompt_embeds, False)
+        _accept("enable_sleep_mode", model_config.enable_sleep_mode, False)
 
 
 def trained_context(model_config: ModelConfig) -> int:
@@ -89,62 +63,42 @@ def _check_model(model_config: ModelConfig) -> None:
     if kind:
         raise SettingsError(
             f"model={model_config.model!r}: its attention is {kind}; "
-            "accepted with sinks are decoders of plain causal attention"
+            "accepted with sinks are decoders with causal attention over cached keys and values"
         )
-    if model_config.architecture not in ARCHITECTURES:
-        raise SettingsError(
-            f"model={model_config.model!r}: its architecture is {model_config.architecture}; "
-            f"accepted with sinks are {', '.join(ARCHITECTURES)}"
-        )
-    for rope in iter_rope_parameters(model_config.hf_text_config):
-        if rope["rope_type"] not in ROPE_TYPES:
-            raise SettingsError(
-                f"rope_parameters.rope_type={rope['rope_type']}: bound to a last position; "
-                f"accepted with sinks are {', '.join(ROPE_TYPES)}"
-            )
-    for key in SCALED_BY_POSITION:
-        value = getattr(model_config.hf_text_config, key, None)
-        if value:
-            raise SettingsError(
-                f"model={model_config.model!r}: {key}={value} scales attention by the position in "
-                "the stream; accepted with sinks are models without it"
-            )
 
 
 def _unfit_attention(model_config: ModelConfig) -> str | None:
     """What attention the model has, if it is not a plain causal decoder's."""
     if model_config.use_mla:
         return "multi-head latent"
-    if model_config.attn_type != "decoder":
+    if model_config.attn_type not in ("decoder", "hybrid"):
         return model_config.attn_type.replace("_", "-")
     if not getattr(model_config.hf_text_config, "is_causal", True):
         return "bidirectional"
-    if model_config.uses_mrope:
-        return "multimodal rotary"
     if model_config.is_mm_prefix_lm:
         return "prefix-bidirectional"
     return None
 
 
 def _check_layers(model_config: ModelConfig) -> None:
-    config = model_config.hf_text_config
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        window = model_config.get_sliding_window()
-        layer_types = ["full_attention" if window is None else "sliding_attention"]
-    if "full_attention" not in layer_types:
+    layer_types = getattr(model_config.hf_text_config, "layer_types", None)
+    if layer_types is None and model_config.get_sliding_window() is not None:
+        layer_types = [WINDOWED]
+    if layer_types is not None and set(layer_types) == {WINDOWED}:
         raise SettingsError(
-            f"model={model_config.model!r}: none of its layers has full attention "
-            f"({', '.join(sorted(set(layer_types)))}); accepted is a model with at least one"
+            f"model={model_config.model!r}: none of its layers has full attention ({WINDOWED}); "
+            "accepted is a model with at least one"
         )
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     _accept("device", current_platform.device_name, *CACHE_DTYPES)
+    # Another's would not find out what the model's layers do with positions.
+    _accept("worker_cls", parallel.worker_cls, *WORKERS, *WORKERS.values())
     _check_cache(vllm_config.cache_config)
     speculative, transfer = vllm_config.speculative_config, vllm_config.kv_transfer_config
-    _accept("speculative_config.method", speculative and speculative.method, None)
+    _accept("speculative_config.method", speculative and speculative.method, None, "ngram")
     _accept("kv_transfer_config.kv_connector", transfer and transfer.kv_connector, None)
     _accept("decode_context_parallel_size", parallel.decode_context_parallel_size, 1)
     _accept("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1)
@@ -221,6 +175,5 @@ def _check_streams(settings: SinkSettings, vllm_config: VllmConfig) -> None:
             f"max_model_len={model_config.max_model_len}, which is the room for a stream's tokens"
         )
     if settings.buffer(model_config.max_model_len):
-        _accept("enable_prompt_embeds", model_config.enable_prompt_embeds, False)
         routed = vllm_config.aux_output_config.enable_return_routed_experts
         _accept("enable_return_routed_experts", routed, False)

@@ -44,9 +44,14 @@ class Compacting(Counting):
         return super().schedule(*args, **kwargs)
 
     def _update_request_with_output(
-        self, request: Request, *args: Any, **kwargs: Any
+        self, request: Request, new_token_ids: list[int], *args: Any, **kwargs: Any
     ) -> tuple[list[int], bool]:
-        new_tokens, stopped = super()._update_request_with_output(request, *args, **kwargs)
+        if self.buffer is not None:
+            # What was drafted past the mark is for the compacted stream to say.
+            del new_token_ids[self.buffer.room(request.num_tokens) :]
+        new_tokens, stopped = super()._update_request_with_output(
+            request, new_token_ids, *args, **kwargs
+        )
         if not stopped and self._is_full(request.num_tokens):
             self.full.append(request)
         return new_tokens, stopped
@@ -88,6 +93,7 @@ class Compacting(Counting):
         request.block_hashes.clear()
         request.update_block_hashes()
         request.num_computed_tokens = 0
+        request.spec_token_ids = []
         request.shared_prefix_boundary = 0
         request.status = RequestStatus.WAITING
         self.finished_req_ids.add(request.request_id)

@@ -11,6 +11,11 @@ SCHEDULERS = {
     True: "vllm_sink.plugin.scheduler.AsyncSinkScheduler",
 }
 """Of engines that evict, by whether scheduling is asynchronous."""
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_sink.plugin.cpu_worker.CPUSinkWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_sink.plugin.worker.SinkWorker",
+}
+"""In the place of vLLM's own."""
 
 
 def settings_of(vllm_config: VllmConfig) -> SinkSettings | None:

@@ -1,4 +1,4 @@
-"""Seam: `parallel_config.worker_cls`, for requests with a seed and a prompt of several chunks.
+"""The worker of a CPU, for requests with a seed and a prompt of several chunks.
 
 vLLM's V1 runner samples after every chunk of a prompt, and takes back what that drew from a
 request's generator by the generator's offset (`_bookkeeping_sync`,
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_sink.plugin.worker import SinkWorker
 
 
 class RewindableGenerator(torch.Generator):
@@ -33,9 +35,10 @@ class RewindableGenerator(torch.Generator):
         self.set_state(self.marked)
 
 
-class CPUSinkWorker(CPUWorker):
+class CPUSinkWorker(SinkWorker, CPUWorker):
     def sample_tokens(self, grammar_output: Any) -> Any:
-        self._mark_generators()
+        if not self.use_v2_model_runner:
+            self._mark_generators()
         return super().sample_tokens(grammar_output)
 
     def _mark_generators(self) -> None:

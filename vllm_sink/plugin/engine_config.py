@@ -12,12 +12,9 @@ from vllm.config import VllmConfig
 
 from vllm_sink.plugin import capacity, outputs, requests
 from vllm_sink.plugin.check import check
-from vllm_sink.plugin.config import SCHEDULERS, settings_of
+from vllm_sink.plugin.config import SCHEDULERS, WORKERS, settings_of
 from vllm_sink.plugin.presence import NAME, Vouched
 from vllm_sink.plugin.wrapping import wrap
-
-STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-CPU_WORKER = "vllm_sink.plugin.cpu_worker.CPUSinkWorker"
 
 
 def register() -> None:
@@ -44,5 +41,4 @@ def complete(vllm_config: VllmConfig) -> None:
         asynchronous = vllm_config.scheduler_config.async_scheduling
         vllm_config.scheduler_config.scheduler_cls = SCHEDULERS[asynchronous]
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls == STOCK_CPU_WORKER and not vllm_config.use_v2_model_runner:
-        parallel.worker_cls = CPU_WORKER
+    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)

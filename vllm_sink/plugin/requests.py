@@ -1,14 +1,16 @@
-"""Requests whose streams a compaction could not keep right, refused as vLLM refuses bad ones.
+"""Requests whose streams sinks could not keep right, refused as vLLM refuses bad ones.
 
-What vLLM counts by an answer's tokens begins anew once these are a prompt's. Lengths and seeds are
-put right (`compaction.continued`); what is not is refused, if the stream can come that far. vLLM
-has no hook for a plugin to see requests, so `InputProcessor.process_inputs` is wrapped.
+Images and the like have positions of their own, which no place in a cache stands for. What vLLM
+counts by an answer's tokens begins anew where a compaction makes them a prompt's: lengths and seeds
+are put right (`compaction.continued`); what is not is refused, if the stream can come that far.
+vLLM has no hook for a plugin to see requests, so `InputProcessor.process_inputs` is wrapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
@@ -34,13 +36,26 @@ def processed(
 ) -> EngineCoreRequest:
     request = original(processor, *args, **kwargs)
     settings, parameters = settings_of(processor.vllm_config), request.sampling_params
-    buffer = settings and settings.buffer(processor.model_config.max_model_len)
+    if settings is None or not settings.evicts:
+        return request
+    check_text(request.mm_features or ())
+    buffer = settings.buffer(processor.model_config.max_model_len)
     if buffer and parameters is not None:
         prompt = len(request.prompt_token_ids)
         parameters.max_tokens = min(parameters.max_tokens, NO_END - prompt)
         if buffer.compactions(prompt, prompt + parameters.max_tokens - 1):
             check(parameters, buffer.mark)
     return request
+
+
+def check_text(features: Iterable[MultiModalFeatureSpec]) -> None:
+    """Raise vLLM's error of a bad request, one sentence, if there is more than text."""
+    kinds = sorted({feature.modality for feature in features})
+    if kinds:
+        raise VLLMValidationError(
+            f"messages with {', '.join(kinds)}: not supported with sinks; accepted is text",
+            parameter="messages",
+        )
 
 
 def check(parameters: SamplingParams, mark: int) -> None:

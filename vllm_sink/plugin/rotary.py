@@ -1,17 +1,14 @@
 """Seam: vLLM's rotary layers, replaced through `CustomOp.register_oot` by unbounded ones.
 
-Sources: vllm/model_executor/custom_op.py and vllm/model_executor/layers/rotary_embedding/; for
-GPT-NeoX, which vLLM serves with its Transformers backend, vllm/model_executor/models/transformers/.
+Sources: vllm/model_executor/custom_op.py and vllm/model_executor/layers/rotary_embedding/.
 """
 
 from abc import abstractmethod
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import CustomOp
@@ -19,8 +16,10 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import (
     DynamicNTKAlphaRotaryEmbedding,
     DynamicNTKScalingRotaryEmbedding,
+    Gemma4RotaryEmbedding,
     LinearScalingRotaryEmbedding,
     Llama3RotaryEmbedding,
+    MRotaryEmbedding,
     NTKScalingRotaryEmbedding,
     Phi3LongRoPEScaledRotaryEmbedding,
     RotaryEmbedding,
@@ -41,7 +40,6 @@ class UnboundedRotary(nn.Module):
     magnitude: float
     """Factor on cosines and sines (YaRN, longrope); 1 elsewhere."""
     rotary_dim: int
-    is_neox_style: bool
     step_rows: torch.Tensor | None
     """[max_num_batched_tokens, rotary_dim]: rows of one step's tokens, where each layer would make
     them anew. One buffer, whose address CUDA graphs hold; none before `keep_step_rows`."""
@@ -97,8 +95,8 @@ class Replacement(UnboundedRotary):
         return table
 
 
-class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
-    """Replaces vLLM's `RotaryEmbedding` and, combined with it, every variant derived from it."""
+class UnboundedRotaryEmbedding(Replacement):
+    """Replaces vLLM's `RotaryEmbedding` and its variants, combined with each."""
 
     def _compute_inv_freq(self, base: float) -> torch.Tensor:
         self.inv_freq_argument = base
@@ -125,7 +123,7 @@ class UnboundedRotaryEmbedding(Replacement, RotaryEmbedding):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stock's traceable form, with a table of one row for each token."""
         rows, places = _rows_and_places(self, positions, query.dtype)
-        turned: tuple[torch.Tensor, torch.Tensor | None] = self.forward_static(
+        turned: tuple[torch.Tensor, torch.Tensor | None] = RotaryEmbedding.forward_static(
             places, query, key, self.head_size, self.rotary_dim, rows, self.is_neox_style
         )
         return turned
@@ -154,6 +152,27 @@ class UnboundedLinearScaling(UnboundedRotaryEmbedding, LinearScalingRotaryEmbedd
         return dtype
 
 
+class UnboundedMRotary(UnboundedRotaryEmbedding, MRotaryEmbedding):
+    """Rotary in sections, of text: its positions are the same in each.
+
+    positions: int64 [sections, tokens] or [tokens].
+    """
+
+    def forward_native(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().forward_native(_of_text(positions), query, key)
+
+    def forward_cuda(
+        self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super().forward_cuda(_of_text(positions), query, key)
+
+    forward_cpu = forward_cuda
+    forward_hip = forward_cuda
+    forward_xpu = forward_native
+
+
 class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
     """Short or long factors by the positions that scores can see, not by `max_model_len`."""
 
@@ -179,41 +198,22 @@ class UnboundedLongRoPE(Replacement, Phi3LongRoPEScaledRotaryEmbedding):
         return _turn_in_place(self, positions, query, key)
 
 
-class UnboundedGPTNeoX(UnboundedRotary):
-    """Replaces `GPTNeoXRotaryEmbedding` of transformers, whose angles are float32."""
-
-    is_neox_style = True
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.rotary_dim = 2 * stock.inv_freq.numel()
-        self.keep(stock.inv_freq, stock.attention_scaling)
-
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, each of x's dtype [*position_ids.shape, rotary_dim]."""
-        rows = self.rows(position_ids, x.dtype).view(*position_ids.shape, self.rotary_dim)
-        cos, sin = rows.chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-
-
 OPS: tuple[type[UnboundedRotaryEmbedding], ...] = (
-    UnboundedRotaryEmbedding,
     UnboundedLinearScaling,
+    UnboundedMRotary,
     *(
         type(f"Unbounded{stock.__name__}", (UnboundedRotaryEmbedding, stock), {})
         for stock in (
+            RotaryEmbedding,
             NTKScalingRotaryEmbedding,
             DynamicNTKScalingRotaryEmbedding,
             DynamicNTKAlphaRotaryEmbedding,
             Llama3RotaryEmbedding,
             YaRNScalingRotaryEmbedding,
+            Gemma4RotaryEmbedding,
         )
     ),
 )
-
-_owners: WeakKeyDictionary[nn.Module, UnboundedRotary] = WeakKeyDictionary()
 
 
 @cache
@@ -225,19 +225,6 @@ def register() -> None:
         op.name = stock.name  # what `custom_ops` of the compilation config switches on and off
     rotary_embedding.Phi3LongRoPEScaledRotaryEmbedding = UnboundedLongRoPE
     rotary_embedding._ROPE_DICT = RopeDict()
-    register_module_module_registration_hook(_note_owner)
-
-
-def rotary_of(layer: nn.Module) -> UnboundedRotary | None:
-    """The rotary of an `Attention` layer; None where it has none or vLLM's own, bounded one.
-
-    That is the rotary whose owner holds the layer: vLLM's models own one in each attention
-    module, the Transformers backend one in the whole decoder. Walks the model: ask once a layer.
-    """
-    for owner, rotary in _owners.items():
-        if any(module is layer for module in owner.modules()):
-            return rotary
-    return None
 
 
 class RopeDict(dict[tuple[Any, ...], nn.Module]):
@@ -251,23 +238,6 @@ class RopeDict(dict[tuple[Any, ...], nn.Module]):
 
     def __setitem__(self, key: tuple[Any, ...], rotary: nn.Module) -> None:
         super().__setitem__((key, _engine()), rotary)
-
-
-def _note_owner(module: nn.Module, name: str, submodule: Any) -> nn.Module | None:
-    """Called by torch as `submodule` becomes a child of `module`; may return another in its place.
-
-    Transformers' dynamic and longrope types change frequencies as a stream grows: left alone.
-    """
-    if (
-        type(submodule).__name__ == "GPTNeoXRotaryEmbedding"
-        and submodule.rope_type not in ("dynamic", "longrope")
-        and current_settings() is not None
-    ):
-        submodule = UnboundedGPTNeoX(submodule)
-    if isinstance(submodule, UnboundedRotary):
-        _owners[module] = submodule
-        return submodule
-    return None
 
 
 def _engine() -> tuple[Any, ...] | None:
@@ -298,8 +268,15 @@ def _turn_in_place(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Turn query and key with vLLM's kernel for the platform."""
     rows, places = _rows_and_places(rotary, positions, query.dtype)
-    ops.rotary_embedding(places, query, key, rotary.head_size, rows, rotary.is_neox_style)
-    return query, key
+    # Heads in a dimension of their own are more than vLLM 0.32's kernel for CPUs gets right.
+    flat_query, flat_key = query.flatten(1), None if key is None else key.flatten(1)
+    ops.rotary_embedding(places, flat_query, flat_key, rotary.head_size, rows, rotary.is_neox_style)
+    turned_key = None if key is None or flat_key is None else flat_key.view_as(key)
+    return flat_query.view_as(query), turned_key
+
+
+def _of_text(positions: torch.Tensor) -> torch.Tensor:
+    return positions.view(-1, positions.shape[-1])[0]
 
 
 def _rows_and_places(

@@ -8,15 +8,25 @@ from vllm_sink.geometry import Geometry, cdiv
 from vllm_sink.settings import SinkSettings
 
 
+class Window(int):
+    """W tokens of ours: not equal to a window of a model's own, even if it is as long.
+
+    By that vLLM keeps layers of the two kinds in groups apart, and only one kind has sinks to pin
+    (`SlidingWindowSpec.is_uniform_with_collection`, vllm/v1/kv_cache_interface.py).
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Window) and int(self) == int(other)
+
+    __hash__ = int.__hash__
+
+
 @dataclass(frozen=True, kw_only=True)
 class SinkSpec(SlidingWindowSpec):
     """A sliding window (W = `sliding_window`) whose first `sink_tokens` are never evicted.
 
     It descends from `SlidingWindowSpec` because vLLM grants only that family a per-stream
     admission bound (`get_manager_for_kv_cache_spec`, vllm/v1/core/single_type_kv_cache_manager.py).
-    `dcp_sharded` is false, and not only because context parallelism is refused: it keeps these
-    layers out of a group with a model's own sliding-window layers of the same W, which have no
-    sinks to pin (`UniformTypeKVCacheSpecs.is_uniform_type`, vllm/v1/kv_cache_interface.py).
     """
 
     sink_tokens: int
@@ -27,14 +37,13 @@ class SinkSpec(SlidingWindowSpec):
             spec,
             cls,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
-            sliding_window=settings.window_tokens,
+            sliding_window=Window(settings.window_tokens),
             sink_tokens=settings.sinks,
-            dcp_sharded=False,
         )
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.sink_tokens, self.sliding_window)
+        return Geometry(self.sink_tokens, int(self.sliding_window))
 
     @property
     def num_retained_tokens(self) -> int:
