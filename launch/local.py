@@ -42,13 +42,12 @@ def main() -> None:
 
 
 def serve(config: Path, port: int | None) -> None:
-    # Before Ray is imported, which reads them then: nobody else is let in, the token is in no file
-    # of the user's, and replicas do not give way to all else that the machine does (Ray's nice 15).
+    # Before Ray is imported, which reads them then: nobody else is let in, and the token is in no
+    # file of the user's.
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
     }
     from launch import cluster
 

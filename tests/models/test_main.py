@@ -22,7 +22,7 @@ RIGHT = {
         "rotated, a learned sink, a window of its own": 2,
         "rotated, a learned sink": 1,
     },
-    "GraniteMoeHybridForCausalLM": {"a state": 1, "rotated": 1},
+    "GraniteMoeHybridForCausalLM": {"a state": 1, "no positions": 1},
     "Ministral3ForCausalLM": {"rotated": 2},
 }
 REFUSED = {

@@ -17,6 +17,7 @@ FIRST = 16
 def mistral() -> Any:
     layer = MistralAttention.__new__(MistralAttention)
     nn.Module.__init__(layer)
+    layer.do_llama_4_scaling = True
     layer.llama_4_scaling_beta = 0.5
     layer.llama_4_scaling_original_max_position_embeddings = FIRST
     return layer
@@ -25,6 +26,7 @@ def mistral() -> Any:
 def llama4() -> Any:
     layer = Llama4Attention.__new__(Llama4Attention)
     nn.Module.__init__(layer)
+    layer.attn_temperature_tuning = True
     layer.floor_scale, layer.attn_scale = FIRST, 0.5
     return layer
 
@@ -40,3 +42,12 @@ def test_a_scale_goes_by_the_place_in_the_cache(make: Any, scale: str) -> None:
     found = getattr(model[0], scale)(positions)
     assert torch.equal(found, expected)
     assert found.max() > 1
+
+
+@pytest.mark.parametrize(
+    ("make", "is_asked"), [(mistral, "do_llama_4_scaling"), (llama4, "attn_temperature_tuning")]
+)
+def test_a_scale_that_is_not_asked_is_left_alone(make: Any, is_asked: str) -> None:
+    model = nn.ModuleList([make()])
+    setattr(model[0], is_asked, False)
+    assert scale_by_cache_position(model, SETTINGS) == {}

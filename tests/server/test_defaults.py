@@ -191,14 +191,6 @@ def test_sizes_that_are_asked_for_are_a_ranks_own(
     [
         ["--no-enable-chunked-prefill"],
         ["--no-enable-chunked-prefill", "--max-num-batched-tokens", 8192],
-        [
-            "--runner",
-            "pooling",
-            "--convert",
-            "embed",
-            "--pooler-config",
-            '{"pooling_type": "MEAN"}',
-        ],
     ],
     ids=str,
 )

@@ -14,9 +14,12 @@ from torch import nn
 
 from vllm_sink.settings import SinkSettings
 
-SCALES = ("_get_llama_4_attn_scale", "_get_attn_scale")
-"""Methods that take positions, int64 [tokens]: of `MistralAttention` and of `Llama4Attention`
-(vllm/model_executor/models)."""
+SCALES = {
+    "_get_llama_4_attn_scale": "do_llama_4_scaling",
+    "_get_attn_scale": "attn_temperature_tuning",
+}
+"""Methods that take positions, int64 [tokens], and what says whether they are asked: of
+`MistralAttention` and of `Llama4Attention` (vllm/model_executor/models)."""
 
 
 Scale = Callable[[torch.Tensor], torch.Tensor]
@@ -28,8 +31,8 @@ def scale_by_cache_position(model: nn.Module, settings: SinkSettings) -> dict[st
     last = settings.sinks + settings.window_tokens - 1
     scales: dict[str, Scale] = {}
     for module_name, module in model.named_modules():
-        for name in SCALES:
-            if hasattr(module, name):
+        for name, is_asked in SCALES.items():
+            if hasattr(module, name) and getattr(module, is_asked):
                 scales[module_name] = partial(_scale, getattr(module, name), last)
                 setattr(module, name, scales[module_name])
     return scales

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.harness import cli
 from benchmarks.harness.engine import Engine, Worker
 
-WITH_TORCH = ("attention", "attention_arms")
+WITH_TORCH = ("attention", "attention_arms", "learned_sinks")
 """Whose kernels have no workers."""
 
 
