@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from launch.exchange import Forwarded
+from vllm_sink.sessions.turns import ID
 
 SESSIONS = "/v1/sessions/"
 HEADER = "X-Session-ID"
@@ -43,12 +44,17 @@ class Ingress:
 
 def session_of(request: Request, body: bytes) -> str | None:
     """The id that vLLM will see (`_get_session_id`, vllm/entrypoints/generate/base/serving.py), or
-    that a route of sessions names."""
+    that a route of sessions names. What is no id is for any replica to refuse."""
+    named = named_by(request, body)
+    return named if named and ID.fullmatch(named) else None
+
+
+def named_by(request: Request, body: bytes) -> str | None:
     if request.url.path.startswith(SESSIONS):
         return request.url.path.removeprefix(SESSIONS).partition("/")[0]
     try:
         asked: Any = json.loads(body) if body else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         asked = {}
     asked = asked if isinstance(asked, dict) else {}
     extra = asked.get("vllm_xargs")

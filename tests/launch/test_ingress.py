@@ -18,6 +18,8 @@ from launch.ingress import session_of
         ("/v1/chat/completions", {"X-Session-ID": "b"}, {"vllm_xargs": {"session_id": "c"}}, "b"),
         ("/v1/chat/completions", {}, {"vllm_xargs": ["session_id"]}, None),
         ("/v1/chat/completions", {}, {"session_id": 3}, None),
+        ("/v1/chat/completions", {}, {"session_id": "\ud800"}, None),
+        ("/v1/chat/completions", {}, {"session_id": "a b"}, None),
         ("/v1/chat/completions", {}, {}, None),
         ("/v1/chat/completions", {}, ["session_id"], None),
         ("/v1/sessions", {}, None, None),
@@ -35,4 +37,5 @@ def test_the_session_of_a_request(
 
 def test_a_body_that_is_no_json_is_for_the_server_to_refuse() -> None:
     scope = {"type": "http", "path": "/v1/completions", "root_path": "", "headers": []}
-    assert session_of(Request(scope), b"\xff{") is None
+    for body in (b"\xff{", b"[" * 200_000):
+        assert session_of(Request(scope), body) is None
