@@ -2,8 +2,8 @@
 
     python -m launch.local launch/serve.cpu.yaml
 
-SIGHUP makes it read the file anew: more or fewer replicas, say. What the file has wrong is not taken
-up.
+SIGHUP makes it read the file anew: more or fewer replicas, say. What the file has
+wrong is not taken up.
 """
 
 import argparse

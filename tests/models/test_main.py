@@ -70,6 +70,12 @@ def test_the_page_has_a_row_of_each(page: Path) -> None:
     assert all(f"| {architecture} |" in text for architecture in RIGHT | REFUSED)
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    ended = run(f"--output={tmp_path}/none/models.md")
+    assert ended.returncode == 2
+    assert "accepted is a file in a folder that exists" in ended.stderr
+
+
 def test_an_unknown_architecture() -> None:
     ended = run("LlamaForCausalLN")
     assert ended.returncode == 2

@@ -39,6 +39,8 @@ def main() -> None:
     unknown = sorted(set(options.architectures) - RECIPES.keys())
     if unknown:
         parser.error(f"{unknown[0]}: not one that is made tiny; accepted are {', '.join(RECIPES)}")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output={options.output}: accepted is a file in a folder that exists")
     path = options.output.with_suffix(".json")
     record: dict[str, Any] = {"versions": versions(), "found": {}}
     if path.exists() and not options.fresh:
@@ -49,7 +51,9 @@ def main() -> None:
         if architecture not in record["found"]:
             found = record["found"][architecture] = tried(architecture)
             print(page.line(architecture, found), flush=True)
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            unfinished.rename(path)
     options.output.write_text(page.of(record), encoding="utf-8")
 
 
