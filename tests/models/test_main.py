@@ -77,6 +77,6 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_an_unknown_architecture() -> None:
-    ended = run("LlamaForCausalLN")
+    ended = run("--output=models.md", "LlamaForCausalLN")
     assert ended.returncode == 2
     assert "LlamaForCausalLN: not one that is made tiny; accepted are " in ended.stderr

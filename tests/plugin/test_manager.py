@@ -377,6 +377,7 @@ def test_a_model_s_own_window_of_the_same_size_is_another_group() -> None:
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=13
     )
     layers = {"own": own, "ours": spec(Geometry(5, 13))}
+    assert own.sliding_window != layers["ours"].sliding_window
     assert not UniformTypeKVCacheSpecs.is_uniform_type(layers)
     assert not UniformTypeKVCacheSpecs.is_uniform_type(dict(reversed(layers.items())))
 

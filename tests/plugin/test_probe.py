@@ -186,6 +186,11 @@ def in_half_the_dimensions(module: LlamaAttention, positions: torch.Tensor, q: A
     return heads.flatten(1), k
 
 
+def no_numbers(module: LlamaAttention, positions: torch.Tensor, q: Any, k: Any) -> Any:
+    q, k = module.rotary_emb(positions, q, k)
+    return q * torch.nan, k
+
+
 @EVERY_DTYPE
 @pytest.mark.parametrize(
     "mutant",
@@ -195,6 +200,7 @@ def in_half_the_dimensions(module: LlamaAttention, positions: torch.Tensor, q: A
         half_the_frequencies,
         keys_as_they_are,
         in_half_the_dimensions,
+        no_numbers,
     ],
 )
 def test_a_layer_that_turns_otherwise_is_refused(

@@ -257,7 +257,6 @@ def test_the_log_tells_of_what_is_served_alone(model: Path) -> None:
     """In a process of its own, where vLLM logs as it does for users."""
     code = f"""
 from vllm import AsyncEngineArgs
-from vllm.v1.executor import ray_utils
 from vllm_sink.serve import make_parser
 from vllm_sink.server.defaults import fill_in
 args = make_parser().parse_args(["--model={model}", "--max-num-batched-tokens=8192"])

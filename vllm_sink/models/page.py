@@ -15,7 +15,7 @@ def is_right(found: dict[str, Any]) -> bool:
 
 
 def of(record: dict[str, Any]) -> str:
-    found = dict(sorted(record["found"].items()))
+    found = record["found"]
     right = [name for name in found if is_right(found[name])]
     refused = [name for name in found if "refused" in found[name]]
     faults = [name for name in found if "fault" in found[name]]

@@ -41,9 +41,7 @@ def check(vllm_config: VllmConfig, settings: SinkSettings) -> None:
         _check_layers(model_config)
         _check_cache_size(settings, model_config)
         _check_streams(settings, vllm_config)
-        _accept("runner", model_config.runner_type, "generate")
-        _accept("enable_prompt_embeds", model_config.enable_prompt_embeds, False)
-        _accept("enable_sleep_mode", model_config.enable_sleep_mode, False)
+        _check_features(model_config)
 
 
 def trained_context(model_config: ModelConfig) -> int:
@@ -78,6 +76,12 @@ def _unfit_attention(model_config: ModelConfig) -> str | None:
     if model_config.is_mm_prefix_lm:
         return "prefix-bidirectional"
     return None
+
+
+def _check_features(model_config: ModelConfig) -> None:
+    _accept("runner", model_config.runner_type, "generate")
+    _accept("enable_prompt_embeds", model_config.enable_prompt_embeds, False)
+    _accept("enable_sleep_mode", model_config.enable_sleep_mode, False)
 
 
 def _check_layers(model_config: ModelConfig) -> None:

@@ -253,11 +253,11 @@ def _fits(turn: Turn | None, position: int, start: Given, then: Given) -> bool:
 
 
 def _differ(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """By more than rounding in the dtype of `one`."""
+    """By more than rounding in the dtype of `one`; what is no number differs from all."""
     if one is None or other is None:
         return False
     largest = other.abs().max()
-    return bool((one.float() - other).abs().max() > ROUNDING[one.dtype] * largest)
+    return not bool((one.float() - other).abs().max() <= ROUNDING[one.dtype] * largest)
 
 
 def _refuse(vllm_config: VllmConfig, layer: str | None, what: str) -> None:

@@ -54,7 +54,7 @@ def _tell_exception(record: logging.LogRecord) -> bool:
     error = record.exc_info and record.exc_info[1]
     if error:
         # Ray's error says where in a worker it came from, and has what was raised there.
-        _tell(one_line(getattr(error, "cause", error)))
+        _tell(one_line(getattr(error, "cause", None) or error))
     return True
 
 

@@ -18,6 +18,9 @@ class Window(int):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Window) and int(self) == int(other)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = int.__hash__
 
 
