@@ -10,7 +10,7 @@ from tests.engine.conftest import ROPE
 from tests.engine.streaming_llm import StreamingLlama
 from tests.engine.streaming_neox import StreamingNeoX
 from vllm_sink.models.reference import Model, StreamingModel
-from vllm_sink.models.tiny import DELTA, MAMBA, WINDOW, Recipe, model_of
+from vllm_sink.models.tiny import DELTA, LONG_WINDOW, MAMBA, WINDOW, Recipe, model_of
 
 CACHE = (5, 59)
 TOLERANCE = 1e-9
@@ -65,17 +65,15 @@ def test_other_decoders_stream_as_in_the_paper(
         ("lfm2", {"layer_types": ["conv"] * LAYERS}),
         ("mamba", {}),
         ("nemotron_h", MAMBA_2 | {"layers_block_type": ["mamba"] * LAYERS}),
-        (
-            "ministral",
-            {"layer_types": ["sliding_attention"] * LAYERS, "sliding_window": WINDOW},
-        ),
+        ("ministral", {"layer_types": ["sliding_attention"] * LAYERS, "sliding_window": WINDOW}),
+        ("gemma2", {"layer_types": ["sliding_attention"] * LAYERS, "sliding_window": LONG_WINDOW}),
         ("qwen3_5_text", DELTA | {"layer_types": ["linear_attention"] * LAYERS}),
     ],
 )
 def test_what_is_bounded_by_itself_stays_as_it_is(
     tmp_path: Path, tokens: list[int], model_type: str, config: dict[str, Any]
 ) -> None:
-    """Layers with a state see all of the stream, and a sliding window inside ours its own."""
+    """Layers with a state see all of the stream, and a sliding window its own, however long."""
     path = saved(tmp_path, model_type, **config)
     plain = Model(path).log_probs(tokens)
     assert difference(StreamingModel(path, *CACHE).log_probs(tokens), plain) <= TOLERANCE

@@ -6,7 +6,9 @@ the hidden states that each token had at its own step, so keys are what the pape
 section 3.2) caches: made once, placed anew at every step, by the model's own code. The logits of a
 step are its last row's; the other rows are there to be replaced.
 
-All steps are one batch: what a token had at its own step is the last row of that step.
+All steps are one batch: what a token had at its own step is the last row of that step. Layers that
+are bounded by themselves, with a state or a sliding window of their own, see all of the stream, in
+place.
 """
 
 import re
@@ -19,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ATTENTION = re.compile(r"(Attention|MLA)$")
+SLIDING = "sliding_attention"
+PLACED = {"attention_mask", "position_embeddings", "position_ids"}
+"""What an attention layer is handed that says where tokens are."""
 STATEFUL = re.compile(r"(Mixer|MambaLayer|GatedDeltaNet|DeltaAttention|ShortConv)$")
 """Classes of layers with a state or a convolution, which take no positions and all of a stream."""
 
@@ -77,12 +82,17 @@ class StreamingModel(Model):
     def __init__(self, checkpoint: Path, sinks: int, window: int) -> None:
         super().__init__(checkpoint)
         self.sinks, self.cache = sinks, sinks + window
+        self.whole = Model(checkpoint)
+        self.places: dict[int, dict[str, Any]] = {}
+        """Of all of the stream, by layers with a sliding window."""
+        for module in self.whole.model.modules():
+            if self._slides(module):
+                module.register_forward_pre_hook(self._note_places, with_kwargs=True)
         for module in self.model.modules():
-            name = type(module).__name__
-            if STATEFUL.search(name):
+            if STATEFUL.search(type(module).__name__) or self._slides(module):
                 module.register_forward_pre_hook(self._whole_stream, with_kwargs=True)
                 module.register_forward_hook(self._rows_of_stream)
-            elif ATTENTION.search(name):
+            elif ATTENTION.search(type(module).__name__):
                 module.register_forward_pre_hook(self._rows_of_steps, with_kwargs=True)
 
     def log_probs(self, tokens: list[int]) -> torch.Tensor:
@@ -93,16 +103,29 @@ class StreamingModel(Model):
         # Early steps have fewer tokens than there are places: what repeats the last is after it.
         self.kept = (places + evicted * (places >= self.sinks)).minimum(steps[:, None])
         self.last = (steps, steps.clamp(max=len(places) - 1))
+        self.whole.log_probs(tokens)
         return following(self._logits(torch.tensor(tokens)[self.kept])[self.last], tokens)
 
     def _rows_of_steps(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         return with_hidden_states(args, kwargs, lambda rows: rows[self.last][self.kept])
 
+    def _slides(self, module: Any) -> bool:
+        types = getattr(self.model.config, "layer_types", None)
+        is_attention = ATTENTION.search(type(module).__name__)
+        return bool(is_attention and types and types[module.layer_idx] == SLIDING)
+
+    def _note_places(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.places[module.layer_idx] = {name: kwargs[name] for name in PLACED & kwargs.keys()}
+
     def _whole_stream(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        if self._slides(module):
+            kwargs = kwargs | self.places[module.layer_idx]
         return with_hidden_states(args, kwargs, lambda rows: rows[self.last][None])
 
-    def _rows_of_stream(self, module: Any, args: Any, stream: torch.Tensor) -> torch.Tensor:
-        return stream[0, self.kept]
+    def _rows_of_stream(self, module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0][0, self.kept], *output[1:])
+        return output[0, self.kept]
 
 
 def following(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:

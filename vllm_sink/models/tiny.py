@@ -15,8 +15,8 @@ from transformers import (
 )
 
 TRAINED = 128
-WINDOW = 48
-"""Of layers that have a sliding window of their own."""
+WINDOW, LONG_WINDOW = 48, 100
+"""Of layers that have a sliding window of their own; the second is longer than trial.py's W."""
 
 GAIN = 1.5
 """Of every matrix: enough for attention to choose, and for outputs far from uniform."""
@@ -159,7 +159,9 @@ RECIPES = {
     ),
     "ApertusForCausalLM": Recipe("apertus", zero=("up_proj.weight",)),
     "BloomForCausalLM": Recipe("bloom", TIED, zero=("dense_h_to_4h.weight",)),
-    "Cohere2ForCausalLM": Recipe("cohere2", SLIDING | TIED | {"logit_scale": 1.0}),
+    "Cohere2ForCausalLM": Recipe(
+        "cohere2", SLIDING | TIED | {"logit_scale": 1.0, "sliding_window": LONG_WINDOW}
+    ),
     "Cohere2MoeForCausalLM": Recipe(
         "cohere2_moe", SLIDING | TIED | experts(logit_scale=1.0, intermediate_size=64)
     ),
