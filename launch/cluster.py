@@ -95,6 +95,11 @@ def deploy(config: ServeDeploySchema) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def put_back(config: ServeDeploySchema) -> None:
+    """What was deployed before. Replicas that are there go on; those that had to go return."""
+    _get_global_client().deploy_apps(config)
+
+
 def require_resources(settings: Settings) -> None:
     there = ray.cluster_resources()
     for resource, amount in settings.resources().items():

@@ -2,8 +2,8 @@
 
     python -m launch.local launch/serve.cpu.yaml
 
-SIGHUP makes it read the file anew: more or fewer replicas, say. What the file has
-wrong is not taken up.
+SIGHUP makes it read the file anew: more or fewer replicas, say. What cannot work is
+told, and what was before is put back.
 """
 
 import argparse
@@ -54,18 +54,21 @@ def serve(config: Path, port: int | None) -> None:
 
     changed = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: changed.set())
-    read = cluster.read(config)
-    port = port or read.http_options.port
+    taken_up = cluster.read(config)
+    port = port or taken_up.http_options.port
     with cluster.ray_of_its_own(port):
-        cluster.deploy(read)
+        cluster.deploy(taken_up)
         while True:
             print(f"Ready at http://{cluster.HOST}:{port}", flush=True)
             changed.wait()
             changed.clear()
             try:
-                cluster.deploy(cluster.read(config))
+                read = cluster.read(config)
+                cluster.deploy(read)
+                taken_up = read
             except SettingsError as error:
                 tell(str(error))
+                cluster.put_back(taken_up)
 
 
 def tell(refusal: str) -> None:
