@@ -22,15 +22,17 @@ Run = Callable[[Any], Any]
 
 
 class RedisServer:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder, self.arguments = folder, arguments
         self.port = free_port()
         self.address = f"redis://127.0.0.1:{self.port}"
         self.client = redis.Redis(port=self.port)
         self.start()
 
     def start(self) -> None:
-        self.process: subprocess.Popen[bytes] = harness.start(self.folder, self.port)
+        self.process: subprocess.Popen[bytes] = harness.start(
+            self.folder, self.port, *self.arguments
+        )
         end = time.monotonic() + 20
         while time.monotonic() < end:
             with suppress(redis.ConnectionError):
