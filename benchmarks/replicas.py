@@ -50,8 +50,6 @@ class Plan:
             "session-store": f"sqlite:{store}",
             "block-size": servers.BLOCK,
             "num-gpu-blocks-override": self.pool_blocks,
-            # As Ray asks for.
-            "distributed-executor-backend": "mp",
             **asking.sizes(self.buffer),
         }
 

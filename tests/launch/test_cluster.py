@@ -274,6 +274,11 @@ def talks_of(sessions: int) -> list[Talk]:
     return [Talk(f"s{next(names)}", by_header=bool(i % 2)) for i in range(sessions)]
 
 
+def replicas_of(talks: list[Talk]) -> dict[str, str]:
+    """By their sessions: who answered last."""
+    return {talk.session: talk.replicas[-1] for talk in talks}
+
+
 def wait_for_turns(talks: list[Talk], more: int) -> None:
     """Until each had so many more."""
     there = {talk.session: len(talk.answers) for talk in talks}
@@ -328,20 +333,25 @@ def test_the_dashboard_shows_many_replicas(cluster: Cluster) -> None:
 
 
 def test_a_replica_is_killed(cluster: Cluster) -> None:
+    """No turn of the other one is disturbed."""
     talks = talks_of(8)
     with talking(cluster, talks):
         wait_for_turns(talks, 2)
+        before = replicas_of(talks)
         cluster.processes("ray::ServeReplica:vllm_sink:Server")[0].kill()
         wait_for_turns(talks, 3)
         cluster.wait_for(2)
         wait_for_turns(talks, 1)
     check(cluster, talks)
+    assert len({before[talk.session] for talk in talks if talk.again}) == 1
 
 
 def test_an_engine_core_is_killed(cluster: Cluster) -> None:
+    """Ray notices, and puts another replica in its place."""
     talks = talks_of(8)
     with talking(cluster, talks):
         wait_for_turns(talks, 2)
+        before = replicas_of(talks)
         cores = cluster.processes("VLLM::EngineCore")
         assert len(cores) == 2
         cores[0].kill()
@@ -349,6 +359,7 @@ def test_an_engine_core_is_killed(cluster: Cluster) -> None:
         cluster.wait_for(2)
         wait_for_turns(talks, 1)
     check(cluster, talks)
+    assert len({before[talk.session] for talk in talks if talk.again}) == 1
 
 
 def test_the_store_is_killed(cluster: Cluster, redis: RedisServer) -> None:
