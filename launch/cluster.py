@@ -96,8 +96,11 @@ def deploy(config: ServeDeploySchema) -> None:
 
 
 def put_back(config: ServeDeploySchema) -> None:
-    """What was deployed before. Replicas that are there go on; those that had to go return."""
+    """What was deployed before. Returns when replicas that had to go are there again."""
     _get_global_client().deploy_apps(config)
+    (described,) = config.applications
+    while serve.status().applications[described.name].status == ApplicationStatus.DEPLOYING:
+        time.sleep(POLL_SECONDS)
 
 
 def require_resources(settings: Settings) -> None:
