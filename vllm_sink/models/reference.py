@@ -83,11 +83,11 @@ class StreamingModel(Model):
         super().__init__(checkpoint)
         self.sinks, self.cache = sinks, sinks + window
         self.whole = Model(checkpoint)
+        self.sliding = [module for module in self.whole.model.modules() if self._slides(module)]
         self.places: dict[int, dict[str, Any]] = {}
         """Of all of the stream, by layers with a sliding window."""
-        for module in self.whole.model.modules():
-            if self._slides(module):
-                module.register_forward_pre_hook(self._note_places, with_kwargs=True)
+        for module in self.sliding:
+            module.register_forward_pre_hook(self._note_places, with_kwargs=True)
         for module in self.model.modules():
             if STATEFUL.search(type(module).__name__) or self._slides(module):
                 module.register_forward_pre_hook(self._whole_stream, with_kwargs=True)
@@ -103,7 +103,8 @@ class StreamingModel(Model):
         # Early steps have fewer tokens than there are places: what repeats the last is after it.
         self.kept = (places + evicted * (places >= self.sinks)).minimum(steps[:, None])
         self.last = (steps, steps.clamp(max=len(places) - 1))
-        self.whole.log_probs(tokens)
+        if self.sliding:
+            self.whole.log_probs(tokens)
         return following(self._logits(torch.tensor(tokens)[self.kept])[self.last], tokens)
 
     def _rows_of_steps(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
