@@ -1,12 +1,20 @@
 """The Ray Serve application: replicas of the server, behind an ingress that knows of sessions."""
 
 from argparse import Namespace
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 from ray import serve
 from ray.serve import Application, Deployment
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.llm import LLMConfig, build_llm_deployment
 
 from launch.ingress import Ingress
@@ -22,6 +30,9 @@ ALIVE_SECONDS = 2
 """Between two looks at an engine; after three that fail Ray replaces its replica."""
 INGRESS_STREAMS = 1000
 """That an ingress carries, before there is to be another one."""
+
+Amount = Annotated[float, Field(ge=0.0001, allow_inf_nan=False)]
+"""Of a resource; Ray counts no finer."""
 
 LOGGING = {"enable_access_log": False}
 """A line for each request is the proxy's to write."""
@@ -44,14 +55,26 @@ class Settings(BaseModel):
     """Requests that wait at an ingress for a replica; the next one gets 429."""
     turn_seconds: PositiveFloat = 3600
     """A replica that is to go finishes its turns, for so long."""
-    cpus: PositiveFloat = 1
+    cpus: Amount = 1
     """Of a replica's own process, and of the ingress; its workers' are in `worker`."""
-    worker: dict[str, float] = {"GPU": 1}
+    worker: dict[str, Amount] = {"GPU": 1}
     """Ray's resources of a worker; a replica has as many as its flags say."""
     accelerator_type: str | None = None
     """As Ray names them (ray/util/accelerators)."""
     env: dict[str, str] = {}
     """Of the replicas' processes."""
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _is_rays(cls, autoscaling: dict[str, Any] | None) -> dict[str, Any] | None:
+        accepted = AutoscalingConfig.model_fields
+        if unknown := [name for name in autoscaling or {} if name not in accepted]:
+            raise ValueError(f"{unknown[0]}: unknown; accepted keys are {', '.join(accepted)}")
+        try:
+            AutoscalingConfig.model_validate(autoscaling or {})
+        except ValidationError as error:
+            raise ValueError(sentence_of(error)) from None
+        return autoscaling
 
     def arguments(self) -> list[str]:
         """Of the server, as on its command line."""
@@ -71,6 +94,7 @@ class Settings(BaseModel):
         """Raises `SettingsError` on what is no flag, or no value of one."""
         parser = make_parser()
         parser.error = refuse
+        parser.exit = lambda *_: refuse("one of them asks for help; accepted are settings")
         server = parser.parse_args(self.arguments())
         if server.data_parallel_size > 1:
             refuse(f"data-parallel-size={server.data_parallel_size}: accepted is 1; replicas do it")
@@ -98,7 +122,10 @@ def parse(args: dict[str, Any]) -> Settings:
 
 def build(args: dict[str, Any]) -> Application:
     """What a config file of Ray Serve names; raises `SettingsError`, one sentence."""
-    return application(parse(args))
+    try:
+        return application(parse(args))
+    except ValidationError as error:
+        raise SettingsError(sentence_of(error)) from None
 
 
 def application(settings: Settings) -> Application:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -32,8 +33,9 @@ TOLD = re.compile(r"SettingsError: (.+)")
 @contextmanager
 def ray_of_its_own(port: int) -> Iterator[None]:
     """With Ray Serve at `port`. Its processes end with it, and its files are gone then."""
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    terminate = signal.getsignal(signal.SIGTERM)
     with TemporaryDirectory(prefix="vllm-sink-") as folder:
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": folder}
         ray.init(
             address="local",
             include_dashboard=False,
@@ -41,6 +43,8 @@ def ray_of_its_own(port: int) -> Iterator[None]:
             _node_ip_address=HOST,
             runtime_env={"env_vars": environment},
         )
+        # Ray's own aborts this process three seconds later, in the midst of what is below.
+        signal.signal(signal.SIGTERM, terminate)
         try:
             serve.start(http_options={"host": HOST, "port": port})
             yield
@@ -64,8 +68,8 @@ def read(path: Path) -> ServeDeploySchema:
         config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text("utf-8")))
     except ValidationError as error:
         raise SettingsError(f"{path}: {sentence_of(error)}") from None
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(one_line(error)) from None
+    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{path}: {one_line(error)}") from None
     if len(config.applications) != 1:
         count = len(config.applications)
         raise SettingsError(f"{path}: it has {count} applications; accepted is one")
@@ -91,7 +95,8 @@ def deploy(config: ServeDeploySchema) -> None:
         if told := TOLD.search("\n".join(messages)):
             raise SettingsError(told[1])
         if status.status == ApplicationStatus.DEPLOY_FAILED:
-            raise SettingsError(f"Ray could not start it: {status.message}")
+            *_, last = filter(None, map(str.strip, status.message.splitlines()))
+            raise SettingsError(f"Ray could not start it: {last}")
         time.sleep(POLL_SECONDS)
 
 

@@ -2,8 +2,8 @@
 
     python -m launch.local launch/serve.cpu.yaml
 
-SIGHUP makes it read the file anew: more or fewer replicas, say. What cannot work is
-told, and what was before is put back.
+SIGHUP makes it read the file anew. What cannot work is told, and what was before is put
+back.
 """
 
 import argparse
@@ -44,10 +44,11 @@ def main() -> None:
 
 def serve(config: Path, port: int | None) -> None:
     # Before Ray is imported, which reads them then: nobody else is let in, and the token is in no
-    # file of the user's.
+    # file of the user's; and what is no cluster listens at the loopback address.
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     from launch import cluster

@@ -18,6 +18,12 @@ MODEL = {"model": "m", "served-model-name": "n"}
         ({"replica": 2}, "replica=2: unknown; accepted keys are flags, replicas, "),
         ({"replicas": 0}, "replicas=0: input should be greater than 0"),
         ({"streams": "many"}, "streams='many': "),
+        ({"cpus": float("inf")}, "cpus=inf: input should be a finite number"),
+        ({"worker": {"CPU": -1}}, "worker.CPU=-1: input should be greater than or equal to "),
+        ({"autoscaling": {"max": 3}}, "max: unknown; accepted keys are min_replicas, "),
+        ({"autoscaling": {"min_replicas": "a"}}, "min_replicas='a': input should be a valid int"),
+        ({"flags": MODEL, "accelerator_type": "none"}, "accelerator_type='none': unsupported "),
+        ({"flags": MODEL | {"help": True}}, "flags: one of them asks for help; accepted are "),
         ({"flags": MODEL | {"windows": 3}}, "flags: unrecognized arguments: --windows=3"),
         ({"flags": MODEL | {"sink-tokens": "few"}}, "flags: argument --sink-tokens: invalid int"),
         ({"flags": MODEL | {"data-parallel-size": 2}}, "data-parallel-size=2: accepted"),
@@ -47,7 +53,8 @@ def test_resources_are_those_of_all_workers_and_processes() -> None:
     flags = MODEL | {"tensor-parallel-size": 2}
     assert parse({"flags": flags, "replicas": 3}).resources() == {"GPU": 6, "CPU": 4}
     small = {"flags": flags, "worker": {"CPU": 0.5}, "cpus": 0.25}
-    assert parse(small | {"autoscaling": {"min_replicas": 2}}).resources() == {"CPU": 2.75}
+    autoscaling = {"min_replicas": 2, "max_replicas": 4}
+    assert parse(small | {"autoscaling": autoscaling}).resources() == {"CPU": 2.75}
 
 
 def test_replicas_are_as_many_as_streams_held_ask_for() -> None:

@@ -106,12 +106,15 @@ class Cluster:
                     found.append(process)
         return found
 
-    def metrics(self) -> list[Sample]:
-        """Of Ray's node, under the names that launch/prometheus.yaml makes."""
+    def folder(self) -> Path:
+        """Ray's, of this session."""
         (store,) = self.processes(GCS_SERVER_EXECUTABLE)
         (log_dir,) = (word for word in store.cmdline() if word.startswith("--log_dir="))
-        session = Path(log_dir.removeprefix("--log_dir=")).parent
-        (port,) = (file.read_text() for file in session.glob("metrics_export_port_*"))
+        return Path(log_dir.removeprefix("--log_dir=")).parent
+
+    def metrics(self) -> list[Sample]:
+        """Of Ray's node, under the names that launch/prometheus.yaml makes."""
+        (port,) = (file.read_text() for file in self.folder().glob("metrics_export_port_*"))
         text = httpx.get(f"http://127.0.0.1:{port}/metrics", verify=NO_TLS).text
         lines = [line for line in text.splitlines() if line.startswith("ray_vllm_")]
         return [
@@ -176,6 +179,7 @@ def cluster(
     try:
         wait_for(lambda: leader.poll() is not None or "Ready at" in log.read_text(), SECONDS)
         assert leader.poll() is None, log.read_text()[-4000:]
+        left = running.folder().parent
         yield running
     finally:
         family = leader.children(recursive=True) if leader.is_running() else []
@@ -186,6 +190,8 @@ def cluster(
             with suppress(psutil.NoSuchProcess):
                 process.kill()
     assert not alive
+    assert leader.wait() == 0
+    assert not left.exists()
 
 
 @dataclass

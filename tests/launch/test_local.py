@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.cluster import read
 from launch.replica import engine_of
 from launch.server import free_port
 from tests.server.conftest import llama
@@ -42,15 +43,21 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     assert ended.stderr.splitlines()[-1].endswith(f"No such file or directory: '{command[-1]}'")
 
 
-def test_a_config_of_something_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"applications: []", "it has 0 applications; accepted is one"),
+        (b"# caf\xe9", "can't decode byte 0xe9 in position 5"),
+        (b"[" * 5000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_config_of_something_else(tmp_path: Path, content: bytes, sentence: str) -> None:
     config = tmp_path / "some.yaml"
-    config.write_text("applications: []")
-    command = [sys.executable, "-m", "launch.local", str(config)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].endswith(
-        f"{config}: it has 0 applications; accepted is one"
-    )
+    config.write_bytes(content)
+    with pytest.raises(SettingsError, match=sentence) as refused:
+        read(config)
+    assert str(refused.value).startswith(f"{config}: ")
+    assert "\n" not in str(refused.value)
 
 
 def test_ray_is_not_installed(tmp_path: Path) -> None:
