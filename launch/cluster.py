@@ -68,7 +68,9 @@ def read(path: Path) -> ServeDeploySchema:
         config = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text("utf-8")))
     except ValidationError as error:
         raise SettingsError(f"{path}: {sentence_of(error)}") from None
-    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise SettingsError(one_line(error)) from None
+    except (RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path}: {one_line(error)}") from None
     if len(config.applications) != 1:
         count = len(config.applications)
@@ -95,8 +97,9 @@ def deploy(config: ServeDeploySchema) -> None:
         if told := TOLD.search("\n".join(messages)):
             raise SettingsError(told[1])
         if status.status == ApplicationStatus.DEPLOY_FAILED:
-            *_, last = filter(None, map(str.strip, status.message.splitlines()))
-            raise SettingsError(f"Ray could not start it: {last}")
+            # The last line of a traceback.
+            _, _, said = status.message.rstrip().rpartition("\n")
+            raise SettingsError(f"Ray could not start it: {said}")
         time.sleep(POLL_SECONDS)
 
 
