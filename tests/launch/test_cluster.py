@@ -169,12 +169,8 @@ def cluster(
     config, log, port = folder / "serve.yaml", folder / "log", free_port()
     config.write_text(yaml.safe_dump({"applications": [APPLICATION | {"args": args}]}))
     command = [sys.executable, "-m", "launch.local", str(config), f"--port={port}"]
-    # Not Ray's 15: beside the tests of another process, replicas would hardly get a turn.
-    niceness = {"RAY_worker_niceness": "0"}
     with log.open("w") as out:
-        leader = psutil.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | niceness
-        )
+        leader = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     running = Cluster(f"http://127.0.0.1:{port}", config, leader, log, single)
     try:
         wait_for(lambda: leader.poll() is not None or "Ready at" in log.read_text(), SECONDS)
@@ -336,6 +332,18 @@ def test_the_dashboard_shows_many_replicas(cluster: Cluster) -> None:
     shown = {*re.findall(r"(vllm\w*:\w+)", (LAUNCH / "grafana.json").read_text())}
     # Which Ray has once it was counted.
     assert shown - names <= {"vllm:num_preemptions_total"}
+
+
+def test_ray_listens_at_the_loopback_address(cluster: Cluster) -> None:
+    """All of it but replicas and their engines, whose ports Ray Serve and vLLM have everywhere."""
+    everywhere = {*cluster.processes("ray::ServeReplica"), *cluster.processes("VLLM::")}
+    listening = [
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in {cluster.leader, *cluster.processes("")} - everywhere
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert {*listening} == {"127.0.0.1"}
 
 
 def test_a_replica_is_killed(cluster: Cluster) -> None:

@@ -80,7 +80,7 @@ def test_too_few_resources(tmp_path: Path, model: str) -> None:
 @pytest.mark.slow
 def test_a_store_that_does_not_answer(tmp_path: Path, model: str) -> None:
     store = f"redis://127.0.0.1:{free_port()}"
-    args = {"flags": {"model": model, "session-store": store}, "replicas": 2, **SMALL}
+    args = {"flags": {"model": model, "session-store": store}, **SMALL}
     assert refusal(tmp_path, args).startswith("session_store: ")
 
 
