@@ -32,10 +32,6 @@ def refusal(folder: Path, args: dict[str, Any]) -> str:
     return ended.stderr.splitlines()[-1].removeprefix("python -m launch.local: error: ")
 
 
-def test_an_unknown_setting(tmp_path: Path) -> None:
-    assert refusal(tmp_path, {"replica": 2}).startswith("replica=2: unknown")
-
-
 def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launch.local", str(tmp_path / "none.yaml")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
