@@ -44,7 +44,7 @@ def main() -> None:
 
 def serve(config: Path, port: int | None) -> None:
     # Before Ray is imported, which reads them then: nobody else is let in, and the token is in no
-    # file of the user's; and what is no cluster listens at the loopback address.
+    # file of the user's. Where Ray is no cluster, as on Windows, it is at the loopback address.
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ATTENTION = re.compile(r"(Attention|MLA)$")
-SLIDING = "sliding_attention"
 PLACED = {"attention_mask", "position_embeddings", "position_ids"}
 """What an attention layer is handed that says where tokens are."""
+SLIDING = "sliding_attention"
+"""What transformers' configs call a layer with a window of its own."""
 STATEFUL = re.compile(r"(Mixer|MambaLayer|GatedDeltaNet|DeltaAttention|ShortConv)$")
 """Classes of layers with a state or a convolution, which take no positions and all of a stream."""
 
